@@ -1,0 +1,35 @@
+# `make train` and `make test` need Python 3.11 or newer and nothing else of ours.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+# On a CPU, LAPACK's threads and XLA's wait for each other: small factorisations want one.
+export OPENBLAS_NUM_THREADS ?= 1
+
+.PHONY: train test test-slow lint dist clean
+
+train: $(INSTALLED)
+	$(BIN)/python examples/pretrain.py
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 -m slow
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyrefly check
+
+dist: $(INSTALLED)
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf .venv build dist runs *.egg-info
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable ".[examples,test,lint]"
+	touch $@

@@ -1,0 +1,71 @@
+"""Validation loss of the pre-training example by optimizer and learning rate, for equal tokens.
+
+python benchmarks/convergence.py           # 8 runs, about 20 minutes on two cores
+python benchmarks/convergence.py --quick   # the same with a few steps of a very small model
+
+A run that is finished is not run again: stop and start as you like.
+"""
+
+import contextlib
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import pretrain
+import record
+
+# The optimizers and the peaks of their learning rates.
+SWEEP = {
+    "adamw": (1e-3, 2.5e-3, 5e-3, 1e-2),
+    "sumo": (5e-3, 1e-2, 1.5e-2, 2.5e-2),
+}
+QUICK = ["--steps", "4", "--width", "32", "--hidden", "32", "--layers", "1", "--length", "32"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Trains the preset `tiny` with every optimizer of the sweep."""
+
+    quick: bool = False
+    """A small version, for the tests."""
+    runs: Path = Path("runs/convergence")
+    """Where the runs are kept."""
+
+
+def run(config: Config, optimizer: str, rate: float) -> dict[str, Any]:
+    """One training run, or what an earlier one left."""
+    out = config.runs / f"{'quick-' if config.quick else ''}{optimizer}-{rate:g}"
+    summary = out / "summary.json"
+    if not summary.exists():
+        argv = ["--optimizer", optimizer, "--learning-rate", str(rate), "--out", str(out)]
+        argv += ["--overwrite", *(QUICK if config.quick else [])]
+        print("pretrain", *argv, flush=True)
+        with contextlib.nullcontext() if not config.quick else contextlib.redirect_stdout(None):
+            code = pretrain.main(argv)
+        if code:
+            raise SystemExit(code)
+    return {"optimizer": optimizer, "learning_rate": rate} | json.loads(summary.read_text())
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = tyro.cli(Config, args=argv, config=(tyro.conf.FlagCreatePairsOff,))
+    rows = [run(config, name, rate) for name, rates in SWEEP.items() for rate in rates]
+    if not config.quick:
+        print("written:", record.write("convergence", rows))
+    columns = {
+        "optimizer": "{optimizer}",
+        "learning rate": "{learning_rate:g}",
+        "validation loss": "{validation_loss:.4f}",
+        "seconds": "{seconds:.0f}",
+        "state": "{state_bytes:,}",
+    }
+    print(record.table(rows, columns))
+
+
+if __name__ == "__main__":
+    main()

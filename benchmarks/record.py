@@ -1,0 +1,49 @@
+"""How a benchmark leaves its figures: JSON in benchmarks/results, and where they were made."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("jax", "jaxlib", "optax", "flax", "sumo-optax")
+
+
+def machine() -> str:
+    """What the figures were measured on, in words."""
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return f"{jax.device_count()} x {device.device_kind}"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"CPU, {cores} cores, {platform.machine()}, {platform.system()}"
+
+
+def write(name: str, rows: list[dict[str, Any]]) -> Path:
+    """Writes the rows and what they need to be understood; returns the file."""
+    versions = {p: importlib.metadata.version(p) for p in PACKAGES}
+    record = {
+        "command": " ".join(["python", "benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "machine": machine(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "date": datetime.date.today().isoformat(),
+        "rows": rows,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    return path
+
+
+def table(rows: list[dict[str, Any]], columns: dict[str, str]) -> str:
+    """Rows as a Markdown table; `columns` gives the title and format of each key."""
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    for row in rows:
+        lines.append("| " + " | ".join(form.format(**row) for form in columns.values()) + " |")
+    return "\n".join(lines)

@@ -1,0 +1,122 @@
+"""What an optimizer step costs: time, refresh, compilation, memory, on the matrices of a LLaMA.
+
+python benchmarks/step.py                      # LLaMA-60M at rank 128 and 8
+python benchmarks/step.py --preset 130m --ranks 256
+
+All optimizers are measured in one process; read the ratios, the times move between machines.
+"""
+
+import dataclasses
+import functools
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import tyro
+
+import sumo_optax
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import record
+from llama import PRESETS
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Times optimizer steps on random gradients of a model's projection matrices."""
+
+    preset: str = "60m"
+    """Whose matrices."""
+    ranks: tuple[int, ...] = (128, 8)
+    """Ranks of the low-rank optimizers."""
+    steps: int = 11
+    """Steps to time, of which the median counts."""
+
+
+def matrices(preset: str) -> dict[str, Any]:
+    """Random gradients with the shapes of all projections of a model's blocks."""
+    shape = PRESETS[preset]
+    d, f = shape.width, shape.hidden
+    block = {name: (d, d) for name in "qkvo"} | {"gate": (d, f), "up": (d, f), "down": (f, d)}
+    keys = iter(jax.random.split(jax.random.key(0), shape.layers * len(block)))
+    return {
+        f"layer{i}": {
+            k: {"kernel": 0.02 * jax.random.normal(next(keys), s)} for k, s in block.items()
+        }
+        for i in range(shape.layers)
+    }
+
+
+def optimizers(ranks: tuple[int, ...]) -> dict[str, optax.GradientTransformation]:
+    table = {"optax.adamw": optax.adamw(1e-3), "optax muon": optax.contrib.muon(1e-3)}
+    for r in ranks:
+        periodic = functools.partial(
+            sumo_optax.sumo, 1e-3, r, basis="randomized_svd", refresh_every=200, residual=None
+        )
+        table |= {
+            f"optax galore, rank {r}": optax.contrib.galore(1e-3, rank=r),
+            f"sumo, rank {r}": sumo_optax.sumo(1e-3, r),
+            f"sumo, rank {r}, residual=None": sumo_optax.sumo(1e-3, r, residual=None),
+            f"sumo, rank {r}, refreshed every 200, residual=None": periodic(),
+            f"the same, Newton-Schulz, rank {r}": periodic(polar="newton_schulz"),
+        }
+    return table
+
+
+def measure(name: str, tx: optax.GradientTransformation, grads: Any, steps: int) -> dict[str, Any]:
+    """Milliseconds and bytes of one optimizer; its first step is its refresh step."""
+    state = tx.init(grads)
+    begun = time.perf_counter()
+    update = jax.jit(tx.update).lower(grads, state, grads).compile()
+    compilation = time.perf_counter() - begun
+
+    def milliseconds(state):
+        begun = time.perf_counter()
+        result = jax.block_until_ready(update(grads, state, grads))
+        return 1e3 * (time.perf_counter() - begun), result[1]
+
+    milliseconds(state)
+    refresh, later = milliseconds(state)
+    ordinary = statistics.median(milliseconds(later)[0] for _ in range(steps))
+    analysis = update.memory_analysis()
+    temporaries = 0 if analysis is None else analysis.temp_size_in_bytes
+    return {
+        "optimizer": name,
+        "step_ms": round(ordinary, 1),
+        "refresh_ms": round(refresh, 1),
+        "compile_s": round(compilation, 1),
+        "state_bytes": sumo_optax.state_bytes(tx, grads),
+        "temporary_over_gradient_bytes": round(
+            temporaries / sum(x.nbytes for x in jax.tree.leaves(grads)), 3
+        ),
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = tyro.cli(Config, args=argv)
+    grads = jax.tree.map(jnp.asarray, matrices(config.preset))
+    rows = []
+    for name, tx in optimizers(config.ranks).items():
+        rows.append(measure(name, tx, grads, config.steps))
+        rows[-1]["over_adamw"] = round(rows[-1]["step_ms"] / rows[0]["step_ms"], 2)
+        print(rows[-1], flush=True)
+    print("written:", record.write(f"step_{config.preset}", rows))
+    columns = {
+        "optimizer": "{optimizer}",
+        "step, ms": "{step_ms:.0f}",
+        "over AdamW": "{over_adamw:.2f}",
+        "first step, ms": "{refresh_ms:.0f}",
+        "compile, s": "{compile_s:.0f}",
+        "state, bytes": "{state_bytes:,}",
+        "temporaries / gradients": "{temporary_over_gradient_bytes:.2f}",
+    }
+    print(record.table(rows, columns))
+
+
+if __name__ == "__main__":
+    main()

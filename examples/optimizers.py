@@ -1,0 +1,125 @@
+"""Any optimizer by its name, all with the same schedule and the same clipping."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import optax
+
+import sumo_optax
+
+MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+# name: learning rate, and that of the Adam for leaves that are no matrices; tuned for `tiny`.
+LEARNING_RATES = {
+    "sumo": (1.5e-2, 5e-3),
+    "online_subspace_descent": (1e-2, 5e-3),
+    "mofasgd": (1e-2, 5e-3),
+    "galore": (1e-2, 5e-3),
+    "muon": (1e-2, 5e-3),
+    "adamw": (2.5e-3, 2.5e-3),
+}
+
+OPTIONS = ("learning_rate", "adam_learning_rate", "rank", "refresh_every", "weight_decay")
+
+
+def schedule(peak: float, steps: int) -> optax.Schedule:
+    """A tenth of the steps up to the peak, the others down a cosine to a tenth of it."""
+    return optax.warmup_cosine_decay_schedule(0.0, peak, steps // 10, steps, 0.1 * peak)
+
+
+def is_matrix(path: jax.tree_util.KeyPath) -> bool:
+    """Whether a leaf is one of the seven projections of a block."""
+    return any(name in jax.tree_util.keystr(path, simple=True, separator="/") for name in MATRICES)
+
+
+def adamw(learning_rate, *, weight_decay):
+    """AdamW for every leaf."""
+    return optax.adamw(learning_rate, weight_decay=weight_decay)
+
+
+def muon(learning_rate, *, adam_learning_rate, weight_decay):
+    """Muon for the projections, AdamW for the rest."""
+
+    def dimension_numbers(params):
+        spec = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+        return jax.tree.map_with_path(lambda path, _: spec if is_matrix(path) else None, params)
+
+    return optax.contrib.muon(
+        learning_rate,
+        weight_decay=weight_decay,
+        adam_learning_rate=adam_learning_rate,
+        adam_weight_decay=weight_decay,
+        muon_weight_dimension_numbers=dimension_numbers,
+    )
+
+
+def galore(learning_rate, *, rank, refresh_every=200, adam_learning_rate, weight_decay):
+    """GaLore for the projections, AdamW for the rest."""
+
+    def labels(params):
+        return jax.tree.map_with_path(label, params)
+
+    def label(path, leaf):
+        if not is_matrix(path):
+            return "adamw"
+        if leaf.ndim != 2:
+            raise ValueError(
+                "galore of optax cannot train stacked blocks; leave out --scan-layers or choose"
+                " another --optimizer"
+            )
+        return "galore"
+
+    return optax.partition(
+        {
+            "galore": optax.contrib.galore(
+                learning_rate, rank=rank, update_proj_gap=refresh_every, weight_decay=weight_decay
+            ),
+            "adamw": optax.adamw(adam_learning_rate, weight_decay=weight_decay),
+        },
+        labels,
+    )
+
+
+OPTAX = {"galore": galore, "muon": muon, "adamw": adamw}
+
+
+def find(name: str) -> Callable[..., optax.GradientTransformation]:
+    """The function that makes the optimizer of this name."""
+    if name not in LEARNING_RATES:
+        raise ValueError(f"unknown optimizer {name!r}; choose among {', '.join(built())}")
+    if name not in built():
+        raise ValueError(f"{name} is not built yet; choose among {', '.join(built())}")
+    return OPTAX.get(name) or getattr(sumo_optax, name)
+
+
+def built() -> list[str]:
+    """The names that can be had today."""
+    return [name for name in LEARNING_RATES if name in OPTAX or hasattr(sumo_optax, name)]
+
+
+def complete(name: str, width: int, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What is given, and defaults for what is None; refuses what the optimizer does not have."""
+    accepted = inspect.signature(find(name)).parameters
+    chosen = {option: value for option, value in given.items() if value is not None}
+    for option in chosen:
+        if option not in accepted:
+            raise ValueError(f"{name} has no --{option.replace('_', '-')}; leave it out")
+    learning_rate, adam_learning_rate = LEARNING_RATES[name]
+    defaults = {
+        "learning_rate": learning_rate,
+        "adam_learning_rate": adam_learning_rate,
+        "rank": max(1, width // 4),
+        "weight_decay": 0.0,
+    }
+    return {option: value for option, value in defaults.items() if option in accepted} | chosen
+
+
+def create(name: str, steps: int, options: Mapping[str, Any]) -> optax.GradientTransformation:
+    """An optimizer after clipping by the global norm; its learning rates follow the schedule."""
+    arguments = {
+        option: schedule(value, steps) if option.endswith("learning_rate") else value
+        for option, value in options.items()
+    }
+    return optax.chain(optax.clip_by_global_norm(1.0), find(name)(**arguments))

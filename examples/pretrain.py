@@ -1,0 +1,384 @@
+"""Pre-trains a LLaMA-style language model with any optimizer of sumo_optax or optax.
+
+python examples/pretrain.py
+python examples/pretrain.py --optimizer adamw --data my_folder --tokenizer bpe:8192
+python examples/pretrain.py --preset 60m --data hf:allenai/c4 --tokenizer bpe:32000 --scan-layers
+"""
+
+import contextlib
+import dataclasses
+import io
+import itertools
+import json
+import math
+import re
+import sys
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+import optimizers
+import run_folder
+import text
+import tyro
+from flax import nnx
+from jax.typing import ArrayLike
+from llama import PRESETS, Llama, LlamaConfig
+from plot import plot_losses
+from tqdm import tqdm
+
+import sumo_optax
+
+TINY = PRESETS["tiny"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """Pre-train a LLaMA-style language model."""
+
+    preset: Annotated[str, tyro.conf.arg(metavar="|".join(PRESETS))] = "tiny"
+    """Where the defaults of steps, batch, length and the model's shape come from."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Base):
+    """Pre-train a LLaMA-style language model."""
+
+    optimizer: Annotated[str, tyro.conf.arg(metavar="|".join(optimizers.LEARNING_RATES))] = "sumo"
+    """What trains it."""
+    learning_rate: float | None = None
+    """Peak of the schedule; each optimizer has its default."""
+    adam_learning_rate: float | None = None
+    """The same for the Adam that trains embedding, head and norms."""
+    rank: int | None = None
+    """Rank of the subspace; by default a quarter of the width."""
+    refresh_every: int | None = None
+    """Steps between two refreshes of the subspace."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+
+    data: str | None = None
+    """A text file, a folder or hf:NAME[:CONFIG]; by default the Python standard library."""
+    tokenizer: str = "bytes"
+    """bytes or bpe:SIZE."""
+
+    steps: int = TINY.steps
+    """Steps to train."""
+    batch: int = TINY.batch
+    """Windows in a step."""
+    length: int = TINY.length
+    """Tokens in a window."""
+    width: int = TINY.width
+    """Width of the model."""
+    hidden: int = TINY.hidden
+    """Hidden width of SwiGLU."""
+    heads: int = TINY.heads
+    """Attention heads."""
+    layers: int = TINY.layers
+    """Blocks."""
+    scan_layers: bool = False
+    """Stack the blocks: one compilation for all of them."""
+    seed: int = 0
+    """Of the initial parameters and the order of the data."""
+
+    out: Path | None = None
+    """Folder to write to; by default a new runs/PRESET-OPTIMIZER."""
+    resume: bool = False
+    """Go on from the last checkpoint."""
+    overwrite: bool = False
+    """Delete the run in the folder first."""
+    eval_every: int | None = None
+    """Steps between two validations; by default a tenth of all."""
+    eval_windows: int = 256
+    """Windows of the validation text to validate with."""
+    save_every: int | None = None
+    """Steps between two checkpoints; by default a tenth of all."""
+
+
+# A resumed run must be given all else as it was.
+FREE = ("out", "resume", "overwrite", "eval_every", "save_every")
+# Steps between two looks at the loss.
+LOOK_EVERY = 10
+BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps, {elapsed} < {remaining}{postfix}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the program: 0 is success, 2 something given that is wrong, 130 an interruption."""
+    try:
+        run = prepare(check(parse(argv)))
+        run.out.mkdir(parents=True, exist_ok=True)
+    except (ValueError, TypeError, OSError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    return train(run)
+
+
+# tyro's words for an optional number that is none.
+WRONG_NUMBER = r"no type matching \{None\}\|(\w+) could be instantiated from \['(.*)'\]\."
+
+
+def parse(argv: Sequence[str] | None) -> Config:
+    """The command line as a Config; what it leaves out is the preset's."""
+    with contextlib.redirect_stderr(io.StringIO()) as stderr:
+        try:
+            base, _ = tyro.cli(Base, args=argv, return_unknown_args=True, add_help=False)
+            if base.preset not in PRESETS:
+                raise ValueError(f"no preset {base.preset!r}; choose among {', '.join(PRESETS)}")
+            preset = Config(base.preset, **dataclasses.asdict(PRESETS[base.preset]))
+            flags = (tyro.conf.FlagCreatePairsOff,)
+            return tyro.cli(Config, args=argv, default=preset, config=flags)
+        except SystemExit as exit:
+            if not exit.code:
+                raise
+    # tyro frames a message of several lines, then repeats the help: one line is enough.
+    lines = [line.strip("│ ") for line in stderr.getvalue().splitlines()[1:]]
+    message = itertools.takewhile(lambda line: line.strip("─"), lines)
+    words = " ".join(message).removeprefix("Error parsing ")
+    raise ValueError(re.sub(WRONG_NUMBER, r"must be a number (\1), got '\2'", words))
+
+
+def check(config: Config) -> Config:
+    """The same, if its numbers make sense."""
+    for name, value in dataclasses.asdict(config).items():
+        flag = f"--{name.replace('_', '-')}"
+        if type(value) is int and value < 1 and name != "seed":
+            raise ValueError(f"{flag} must be an integer of at least 1, got {value}")
+        if type(value) is float and not value >= 0:
+            raise ValueError(f"{flag} must be a number of at least 0, got {value}")
+    return config
+
+
+class State(NamedTuple):
+    """What training changes."""
+
+    params: Any
+    optimizer: Any
+
+
+class Run(NamedTuple):
+    """All that training needs, with nothing written yet."""
+
+    config: Config
+    out: Path
+    options: dict[str, Any]  # of the optimizer
+    corpus: text.Corpus
+    tx: optax.GradientTransformation
+    init: Callable[[], State]
+    loss: Callable[[Any, ArrayLike], jax.Array]  # mean nats per token, from params and windows
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What makes this run this run, as JSON."""
+        config = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in FREE}
+        corpus = {
+            "vocab": self.corpus.tokenizer.vocab,
+            "validation checksum": zlib.crc32(self.corpus.validation.tobytes()),
+        }
+        return config | self.options | corpus
+
+
+def prepare(config: Config) -> Run:
+    """Shows the plan of a run, having found out that it can be made."""
+    out = run_folder.choose(
+        config.out,
+        Path("runs") / f"{config.preset}-{config.optimizer}",
+        resume=config.resume,
+        overwrite=config.overwrite,
+    )
+    given = {name: getattr(config, name) for name in optimizers.OPTIONS}
+    options = optimizers.complete(config.optimizer, config.width, given)
+    tx = optimizers.create(config.optimizer, config.steps, options)
+    corpus = text.load(
+        config.data,
+        config.tokenizer,
+        length=config.length,
+        batch=config.batch,
+        validation_windows=config.eval_windows,
+        seed=config.seed,
+        earlier=out / "tokenizer.json" if config.resume else None,
+    )
+    shape = LlamaConfig(
+        vocab=corpus.tokenizer.vocab,
+        width=config.width,
+        hidden=config.hidden,
+        heads=config.heads,
+        layers=config.layers,
+        scan_layers=config.scan_layers,
+    )
+    init, loss = functions(shape, tx, config.seed)
+    run = Run(config, out, options, corpus, tx, init, loss)
+    state = jax.eval_shape(init)
+    if config.resume:
+        run_folder.check_same(out, run.record)
+        run_folder.Checkpoints(out).check_shapes(state)
+    print_plan(run, state)
+    return run
+
+
+def functions(shape: LlamaConfig, tx: optax.GradientTransformation, seed: int):
+    """The functions `Run.init` and `Run.loss`."""
+
+    def create() -> Llama:
+        return Llama(shape, nnx.Rngs(seed))
+
+    graph = nnx.graphdef(nnx.eval_shape(create))
+
+    def init() -> State:
+        params = nnx.to_pure_dict(nnx.state(create(), nnx.Param))
+        return State(params, tx.init(params))
+
+    def loss(params, windows):
+        logits = nnx.merge(graph, params)(windows[:, :-1])
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:])
+        return losses.mean()
+
+    return init, loss
+
+
+def train(run: Run) -> int:
+    """Trains from the start or the last checkpoint, and says how it went."""
+    config, out, corpus = run.config, run.out, run.corpus
+    if config.overwrite:
+        run_folder.clear(out)
+    checkpoints = run_folder.Checkpoints(out)
+    start, seconds = checkpoints.last_step() if config.resume else 0, 0.0
+    if config.resume:
+        state, seconds = checkpoints.restore(start, jax.eval_shape(run.init), corpus.batches)
+    else:
+        state = jax.jit(run.init)()
+        (out / "config.json").write_text(json.dumps(run.record, indent=2) + "\n")
+        corpus.tokenizer.write(out / "tokenizer.json")
+    metrics = run_folder.Metrics(out / "metrics.jsonl", start)
+    try:
+        state, seconds = loop(run, state, start, seconds, metrics, checkpoints)
+    except KeyboardInterrupt:
+        checkpoints.close()
+        last = checkpoints.manager.latest_step()
+        print(f"\ninterrupted; --resume --out {out} goes on from step {last}", file=sys.stderr)
+        return 130
+    checkpoints.close()
+    rank = f", rank {run.options['rank']}" if "rank" in run.options else ""
+    plot_losses(metrics.rows, f"{config.preset}, {config.optimizer}{rank}", out / "loss.png")
+    summary = {
+        "steps": config.steps,
+        "tokens": config.steps * config.batch * config.length,
+        "seconds": seconds,
+        "validation_loss": metrics.rows[-1]["validation_loss"],
+        "state_bytes": sum(x.nbytes for x in jax.tree.leaves(state.optimizer)),
+    }
+    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    print_summary(run, **summary)
+    return 0
+
+
+def loop(
+    run: Run,
+    state: State,
+    start: int,
+    seconds: float,
+    metrics: run_folder.Metrics,
+    checkpoints: run_folder.Checkpoints,
+) -> tuple[State, float]:
+    """The steps after `start`; gives the last state and the seconds spent on training alone."""
+    config, corpus = run.config, run.corpus
+    tokens_per_step = config.batch * config.length
+    tenth = math.ceil(config.steps / 10)
+    validation_loss = jax.jit(run.loss)
+
+    def step_function(state: State, windows: jax.Array) -> tuple[State, jax.Array]:
+        loss, gradients = jax.value_and_grad(run.loss)(state.params, windows)
+        updates, optimizer = run.tx.update(gradients, state.optimizer, state.params)
+        return State(optax.apply_updates(state.params, updates), optimizer), loss
+
+    example = jax.ShapeDtypeStruct((config.batch, config.length + 1), np.int32)
+    train_step = jax.jit(step_function, donate_argnums=0).lower(state, example).compile()
+
+    losses = []
+    begun = time.perf_counter()
+    with tqdm(
+        total=config.steps,
+        initial=start,
+        disable=None,
+        unit="step",
+        dynamic_ncols=True,
+        bar_format=BAR,
+    ) as bar:
+        for step in range(start + 1, config.steps + 1):
+            state, loss = train_step(state, next(corpus.batches).astype(np.int32))
+            losses.append(loss)
+            validate = step % (config.eval_every or tenth) == 0 or step == config.steps
+            save = step % (config.save_every or tenth) == 0 or step == config.steps
+            # To look at a loss is to wait for it: not after every step.
+            if not (validate or save or step % LOOK_EVERY == 0):
+                continue
+            first = step - len(losses) + 1
+            rows = [{"step": first + i, "loss": float(loss)} for i, loss in enumerate(losses)]
+            elapsed = time.perf_counter() - begun
+            seconds += elapsed
+            bar.set_postfix_str(
+                f"loss {rows[-1]['loss']:.3f},"
+                f" {len(rows) * tokens_per_step / elapsed:,.0f} tokens/s",
+                refresh=False,
+            )
+            bar.update(len(rows))
+            if validate:
+                mean = evaluate(validation_loss, state.params, corpus.validation, config.batch)
+                rows[-1] |= {"validation_loss": mean, "seconds": round(seconds, 3)}
+                bar.write(
+                    f"step {step:>6}  validation loss {mean:.4f}  perplexity {np.exp(mean):.3f}"
+                )
+            metrics.add(rows)
+            if save:
+                checkpoints.save(step, state, corpus.batches, seconds)
+            losses = []
+            begun = time.perf_counter()
+    return state, seconds
+
+
+def evaluate(
+    loss: Callable[[Any, ArrayLike], jax.Array], params: Any, windows: np.ndarray, batch: int
+) -> float:
+    """Mean loss over all windows, in nats per token."""
+    parts = [windows[i : i + batch] for i in range(0, len(windows), batch)]
+    return sum(len(part) * float(loss(params, part)) for part in parts) / len(windows)
+
+
+def print_plan(run: Run, state: State) -> None:
+    """Says what will be trained, on what, and what the optimizer will hold."""
+    config, corpus = run.config, run.corpus
+    count = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
+    print(
+        f"{config.preset}: {config.layers} blocks of width {config.width},"
+        f" {count:,} parameters\n"
+        f"{config.optimizer}: {config.steps:,} steps of {config.batch} x {config.length} tokens,"
+        f" {config.tokenizer} of {corpus.name}\n"
+    )
+    print(sumo_optax.describe(run.tx, state.params), end="\n\n")
+
+
+def print_summary(
+    run: Run, *, steps: int, tokens: int, seconds: float, validation_loss: float, state_bytes: int
+) -> None:
+    """Says how it went and where things are."""
+    loss = f"{validation_loss:.4f} nats per token, perplexity {np.exp(validation_loss):.3f}"
+    if run.corpus.bytes_per_token != 1:
+        loss += f", {validation_loss / run.corpus.bytes_per_token:.4f} nats per byte"
+    lines = {
+        "trained": f"{steps:,} steps, {tokens:,} tokens, {seconds:,.0f} s",
+        "speed": f"{tokens / seconds:,.0f} tokens/s, {steps / seconds:.2f} steps/s",
+        "validation loss": loss,
+        "optimizer state": f"{state_bytes / 2**20:,.1f} MiB",
+        "written": f"{run.out}/: metrics.jsonl, summary.json, loss.png, checkpoints/{steps}",
+    }
+    print()
+    for name, value in lines.items():
+        print(f"{name:>15}  {value}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

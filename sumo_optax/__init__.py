@@ -1,0 +1,10 @@
+"""Optax gradient transformations that train transformers with low-rank optimizer state."""
+
+from sumo_optax._axes import flax_dimension_numbers as flax_dimension_numbers
+from sumo_optax._linalg import polar_factor as polar_factor
+from sumo_optax._report import describe as describe
+from sumo_optax._report import state_bytes as state_bytes
+from sumo_optax._sumo import SumoState as SumoState
+from sumo_optax._sumo import scale_by_sumo as scale_by_sumo
+from sumo_optax._sumo import sumo as sumo
+from sumo_optax._version import __version__ as __version__

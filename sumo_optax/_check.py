@@ -1,0 +1,58 @@
+"""What an argument may be. Errors say what was given and what is allowed."""
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+
+def integer(name: str, value: Any, *, least: int) -> int:
+    allowed = f"{name} must be an integer of at least {least}"
+    if isinstance(value, jax.Array):
+        raise TypeError(
+            f"{allowed}, known when the optimizer is made, got an array;"
+            f" with optax.inject_hyperparams put {name!r} among its static_args"
+        )
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{allowed}, got {value!r}") from None
+    if isinstance(value, bool):
+        raise TypeError(f"{allowed}, got {value!r}")
+    if number < least:
+        raise ValueError(f"{allowed}, got {value}")
+    return number
+
+
+def number(
+    name: str,
+    value: Any,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    optional: bool = False,
+) -> None:
+    """Checks what is known now: a traced value, or an array, is the caller's business."""
+    if isinstance(value, jax.Array) or (optional and value is None):
+        return
+    bounds = [(">=", least), (">", above), ("<", below)]
+    wanted = " and ".join(f"{sign} {bound}" for sign, bound in bounds if bound is not None)
+    allowed = f"{name} must be a number {wanted}" + (", or None" if optional else "")
+    try:
+        x = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{allowed}, got {value!r}") from None
+    inside = (
+        (least is None or x >= least)
+        and (above is None or x > above)
+        and (below is None or x < below)
+    )
+    if not inside:
+        raise ValueError(f"{allowed}, got {value}")
+
+
+def choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {tuple(allowed)}, got {value!r}")

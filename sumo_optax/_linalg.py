@@ -1,0 +1,174 @@
+"""Array mathematics on one matrix: polar factor, orthonormal bases. Knows no optax, no trees."""
+
+import functools
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.linalg import solve_triangular
+
+PolarMethod = Literal["auto", "svd", "reduced", "newton_schulz"]
+
+# Muon's quintic: steep at zero, and never settling at one.
+_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+
+def _highest_precision(fn):
+    """Factorisations need full float32 products, which GPUs and TPUs do not give by default."""
+
+    @functools.wraps(fn)
+    def wrapped(*args, **kwargs):
+        with jax.default_matmul_precision("highest"):
+            return fn(*args, **kwargs)
+
+    return wrapped
+
+
+def unit_scale(x: jax.Array) -> jax.Array:
+    """`x` over its largest entry, so that squares of 1e30 and 1e-30 stay in range; 0 stays 0."""
+    largest = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
+    return x / jnp.where(largest > 0, largest, 1)
+
+
+def _at_most_one(x: jax.Array) -> jax.Array:
+    """`x` scaled to Frobenius norm 1, so that no singular value is above 1; 0 stays 0."""
+    x = unit_scale(x)
+    return x / jnp.maximum(jnp.linalg.norm(x), 1)
+
+
+def column_norms(x: jax.Array) -> jax.Array:
+    """Euclidean norms of the columns, safe against overflow of the squares."""
+    largest = jnp.max(jnp.abs(x), axis=-2)
+    scale = jnp.where(largest > 0, largest, 1)
+    return scale * jnp.linalg.norm(x / scale[..., None, :], axis=-2)
+
+
+@functools.partial(jax.jit, static_argnames="method")
+def polar_factor(x: jax.Array, *, method: PolarMethod = "auto") -> jax.Array:
+    r"""The orthogonal polar factor of a matrix, or of a batch of matrices.
+
+    With the singular value decomposition :math:`X = U \Sigma V^\top`,
+
+    .. math:: \mathrm{polar}(X) = \sum_{\sigma_i > 4 \epsilon \sigma_1} u_i v_i^\top
+
+    which is :math:`U V^\top` where X has full rank. Directions whose singular value is lost in
+    rounding (:math:`\epsilon` is the machine's) give 0, not noise, and so polar(0) = 0.
+
+    Args:
+      x: array of shape (..., m, n), real floating point. Anything below float32 is computed in
+        float32; the scale of x does not matter.
+      method: ``"svd"`` is the definition above, and the oracle of the others. ``"reduced"``
+        first brings the short side r to an r x r core by three shifted Cholesky-QR passes, which
+        are products, and takes the SVD there: as exact, and faster where one side is long.
+        ``"auto"`` picks between the two by shape. ``"newton_schulz"`` is five steps of Muon's
+        iteration, for comparison only: far from exact where x is ill conditioned.
+
+    Returns:
+      Array of the shape and dtype of x.
+
+    Raises:
+      ValueError: x has fewer than two axes, or the method is unknown.
+
+    Examples:
+      >>> import jax.numpy as jnp, sumo_optax
+      >>> sumo_optax.polar_factor(jnp.array([[3.0, 0.0], [0.0, -0.5]])).round(3).tolist()
+      [[1.0, 0.0], [0.0, -1.0]]
+
+    References:
+      SUMO, `arXiv 2505.24749 <https://arxiv.org/abs/2505.24749>`_, Algorithm 1, block 2;
+      Fukaya et al., *Shifted Cholesky QR*, `arXiv 1809.11085 <https://arxiv.org/abs/1809.11085>`_.
+    """
+    x = jnp.asarray(x)
+    check_polar_method(method)
+    if x.ndim < 2:
+        raise ValueError(f"polar_factor needs an array of shape (..., m, n), got shape {x.shape}")
+    if x.size == 0:
+        return x
+    wide = x.shape[-2] <= x.shape[-1]
+    y = x if wide else x.mT
+    short, long = y.shape[-2:]
+    if method == "auto":
+        method = "reduced" if long >= 2 * short else "svd"
+    rule = {"svd": _polar_by_svd, "reduced": _polar_reduced, "newton_schulz": _newton_schulz}[
+        method
+    ]
+    y = unit_scale(y.astype(jnp.promote_types(x.dtype, jnp.float32)))
+    o = jnp.vectorize(rule, signature="(r,n)->(r,n)")(y).astype(x.dtype)
+    return o if wide else o.mT
+
+
+def check_polar_method(method: str) -> None:
+    if method not in get_args(PolarMethod):
+        raise ValueError(f"polar method must be one of {get_args(PolarMethod)}, got {method!r}")
+
+
+def _polar_by_svd(x: jax.Array) -> jax.Array:
+    u, s, vt = jnp.linalg.svd(x, full_matrices=False)
+    keep = s > 4 * jnp.finfo(x.dtype).eps * s[0]
+    return (u * keep) @ vt
+
+
+@_highest_precision
+def _polar_reduced(x: jax.Array) -> jax.Array:
+    """polar(x) = polar(x W) Wᵀ, where the columns of W (n x r) are a basis of the rows of x.
+
+    W = Y T, so that the last Cholesky-QR pass is r x r. Where x is rank deficient so is W, up to
+    columns of rounding noise; there x W is noise as well, which the polar factor drops.
+    """
+    Y = _at_most_one(x.T)
+    for _ in range(2):
+        Y = Y @ _whitening(Y.T @ Y)
+    T = _whitening(Y.T @ Y)
+    return (_polar_by_svd(x @ Y @ T) @ T.T) @ Y.T
+
+
+def _whitening(gram: jax.Array) -> jax.Array:
+    """R⁻¹ with RᵀR = gram + shift: one shifted Cholesky-QR pass is Y <- Y R⁻¹, gram = YᵀY.
+
+    Y has singular values of at most 1; a pass takes its condition number k to about k / 500.
+    """
+    identity = jnp.eye(gram.shape[0], dtype=gram.dtype)
+    lower = jnp.linalg.cholesky(gram + _shift(gram) * identity)
+    # The inverse, since a triangular solve with long right-hand sides is slow and serial.
+    return solve_triangular(lower, identity, lower=True).T * (1 + _shift(gram)) ** 0.5
+
+
+def _shift(y: jax.Array) -> float:
+    """Above the rounding error of yᵀy, or the factorisation of a singular one breaks down."""
+    return (16 + y.shape[1] / 8) * float(jnp.finfo(y.dtype).eps)
+
+
+@_highest_precision
+def _newton_schulz(x: jax.Array) -> jax.Array:
+    a, b, c = _NEWTON_SCHULZ
+    x = _at_most_one(x)
+    for _ in range(5):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x
+
+
+@_highest_precision
+def well_conditioned_columns(y: jax.Array) -> jax.Array:
+    """The columns of y (m x r), combined so that their condition number falls by about 500."""
+    y = _at_most_one(y)
+    return y @ _whitening(y.T @ y)
+
+
+@_highest_precision
+def orthonormal_columns(y: jax.Array, completion: jax.Array) -> jax.Array:
+    """An orthonormal basis of the columns of y (m x r), completed where they are dependent.
+
+    The completion, of y's shape, with columns of about unit length, enters at the level of
+    rounding, from which the three passes raise it to one.
+    """
+    y = _at_most_one(y) + _shift(y) * completion
+    for _ in range(3):
+        y = y @ _whitening(y.T @ y)
+    return y
+
+
+@_highest_precision
+def left_singular_vectors(x: jax.Array) -> jax.Array:
+    """U (r x r) of a wide x (r x n) = U S Vᵀ, through its r x r triangular factor."""
+    return jnp.linalg.svd(jnp.linalg.qr(x.T, mode="r").T)[0]

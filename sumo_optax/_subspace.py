@@ -1,0 +1,79 @@
+"""A basis Q (m x r) of the gradient's dominant left subspace: how it starts, when it moves, how."""
+
+import functools
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+from sumo_optax._linalg import (
+    left_singular_vectors,
+    orthonormal_columns,
+    unit_scale,
+    well_conditioned_columns,
+)
+
+Basis = Literal["tracking", "randomized_svd", "svd", "random"]
+
+# Columns beyond r in a randomised refresh, and the power iterations that sharpen it.
+_OVERSAMPLING = 8
+_POWER_ITERATIONS = 1
+
+
+def check_basis(basis: str) -> None:
+    if basis not in get_args(Basis):
+        raise ValueError(f"basis must be one of {get_args(Basis)}, got {basis!r}")
+
+
+def start(m: int, r: int, dtype: jnp.dtype, key: jax.Array, basis: Basis) -> jax.Array:
+    """What there is before the first gradient: for tracking any subspace will do, else none, 0."""
+    return _random_basis(m, r, dtype, key) if basis == "tracking" else jnp.zeros((m, r), dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))  # `init` is seldom under a jit of its own
+def _random_basis(m: int, r: int, dtype: jnp.dtype, key: jax.Array) -> jax.Array:
+    Y = jax.random.normal(key, (m, r), dtype)
+    return orthonormal_columns(Y, Y / m**0.5)
+
+
+def is_due(t: jax.Array, Q: jax.Array, refresh_every: jax.typing.ArrayLike) -> jax.Array:
+    """Every `refresh_every` steps, and for as long as no gradient has given a basis yet (Q = 0)."""
+    return (t % refresh_every == 0) | ~jnp.any(Q)
+
+
+def refresh(G: jax.Array, Q: jax.Array, key: jax.Array, basis: Basis) -> jax.Array:
+    """A new basis (m x r) from the gradient G (m x n) and the old one, which a zero G leaves be."""
+    m, r = Q.shape
+    if basis == "randomized_svd":
+        Q_new = _randomized_svd(G, r, key)
+    elif basis == "svd":
+        Q_new = jnp.linalg.svd(unit_scale(G), full_matrices=False)[0][:, :r]
+    else:
+        Q_new = _random_basis(m, r, G.dtype, key)
+    return jnp.where(jnp.any(G), Q_new, Q)
+
+
+def track(G: jax.Array, Q: jax.Array, rows: jax.Array) -> jax.Array:
+    """The columns of G seen from the row space of `rows` (r x n, singular values 0 or about 1).
+
+    Half a step of subspace iteration, whose other half made the rows: one product with G. A
+    direction in which there is nothing to see stays as it was in Q.
+    """
+    return orthonormal_columns(G @ rows.T, completion=Q)
+
+
+def _randomized_svd(G: jax.Array, r: int, key: jax.Array) -> jax.Array:
+    """Halko, Martinsson and Tropp, arXiv 0909.4061, algorithms 4.4 and 5.1: the first r of U."""
+    m, n = G.shape
+    width = min(r + _OVERSAMPLING, n)
+    omega = jax.random.normal(key, (m, width), G.dtype) / m**0.5
+    Y = omega
+    for _ in range(1 + _POWER_ITERATIONS):
+        Y = G @ well_conditioned_columns(G.T @ Y)
+    Q = orthonormal_columns(Y, completion=omega)
+    return Q @ left_singular_vectors(unit_scale(Q.T @ G))[:, :r]
+
+
+def transport(Q_new: jax.Array, Q_old: jax.Array, M: jax.Array) -> jax.Array:
+    """The moment M (r x n) in the new basis: (Q_newᵀ Q_old) M."""
+    return (Q_new.T @ Q_old) @ M

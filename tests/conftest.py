@@ -1,0 +1,8 @@
+"""What must be set before JAX is imported."""
+
+import os
+
+# Most of the time of these tests is compilation, of programs that run for milliseconds.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Threads of LAPACK and of XLA would wait for each other.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

@@ -1,0 +1,83 @@
+"""The optimizers that every contract holds for. A new optimizer is one row."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import sumo_optax
+
+# name: (the optimizer, the transformation), both as functions of keyword arguments.
+TABLE = {
+    "sumo": (
+        lambda learning_rate=1e-2, rank=3, **kw: sumo_optax.sumo(learning_rate, rank, **kw),
+        lambda rank=3, **kw: sumo_optax.scale_by_sumo(rank, **kw),
+    ),
+    "sumo_periodic": (
+        lambda learning_rate=1e-2, rank=3, **kw: sumo_optax.sumo(
+            learning_rate, rank, basis="randomized_svd", refresh_every=4, **kw
+        ),
+        lambda rank=3, **kw: sumo_optax.scale_by_sumo(
+            rank, basis="randomized_svd", refresh_every=4, residual="gradient", **kw
+        ),
+    ),
+}
+
+
+def every(column):
+    """The same arguments give the same object, so that tests share its compilations."""
+    makers = [functools.cache(row[column]) for row in TABLE.values()]
+    return pytest.mark.parametrize("make", makers, ids=TABLE)
+
+
+every_optimizer, every_transformation = every(0), every(1)
+
+
+def like(tree, seed, scale=1.0):
+    """A random tree of the same shapes and dtypes."""
+    leaves, treedef = jax.tree.flatten(tree)
+    keys = jax.random.split(jax.random.key(seed), max(len(leaves), 1))
+    return treedef.unflatten(
+        [
+            scale * jax.random.normal(k, jnp.shape(x), jnp.result_type(x))
+            for k, x in zip(keys, leaves, strict=False)
+        ]
+    )
+
+
+def small_params():
+    """A kernel, a batch of kernels, and leaves that are no matrices."""
+    shapes = {
+        "dense": {"kernel": (12, 6), "bias": (6,)},
+        "layers": {"up": {"kernel": (2, 6, 10), "bias": (2, 10)}},
+        "embed": {"embedding": (9, 6)},
+        "scale": (),
+    }
+    zeros = jax.tree.map(jnp.zeros, shapes, is_leaf=lambda x: isinstance(x, tuple))
+    return like(zeros, 0)
+
+
+def train(tx, params, steps, first=1, state=None):
+    """Steps on random gradients that depend on the step alone; returns parameters and state."""
+    state = tx.init(params) if state is None else state
+    update = jax.jit(tx.update)
+    for t in range(first, first + steps):
+        updates, state = update(like(params, t), state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+def assert_equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        assert jnp.array_equal(x, y)
+
+
+def assert_close(a, b, rtol=1e-5):
+    """Equal to `rtol` of each leaf's norm."""
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        x, y = jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.float32)
+        assert jnp.linalg.norm(x - y) <= rtol * jnp.linalg.norm(y) + 1e-30

@@ -1,0 +1,97 @@
+"""The optimizers in NumPy float64, straight from the formulas of docs and papers. Slow and plain.
+
+Every function takes and gives one matrix m x n with m >= n; `oriented` makes it so.
+"""
+
+import numpy as np
+
+EPS32 = np.finfo(np.float32).eps
+
+
+def oriented(step):
+    """A rule for m >= n as one for any matrix."""
+
+    def on_any(G, *args):
+        wide = G.shape[0] < G.shape[1]
+        D, state = step(G.T if wide else G, *args)
+        return (D.T if wide else D), state
+
+    return on_any
+
+
+def polar(X):
+    """UVᵀ of X = USVᵀ, without the directions that float32 input cannot tell from zero."""
+    U, S, Vt = np.linalg.svd(np.asarray(X, np.float64), full_matrices=False)
+    keep = S / S[0] > 4 * EPS32
+    return (U * keep) @ Vt
+
+
+def top_left_subspace(G, r):
+    return np.linalg.svd(G, full_matrices=False)[0][:, :r]
+
+
+def orthonormal(Y):
+    return np.linalg.qr(Y)[0]
+
+
+def captured_energy(Q, G):
+    """The part of ||G||² inside the subspace of Q."""
+    return np.linalg.norm(Q.T @ G) ** 2 / np.linalg.norm(G) ** 2
+
+
+def newton_schulz(X, steps=5):
+    X = X / np.linalg.norm(X)
+    for _ in range(steps):
+        A = X @ X.T
+        X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
+    return X
+
+
+def sumo_step(
+    G,
+    state,
+    t,
+    *,
+    rank,
+    refresh_every,
+    momentum,
+    nesterov,
+    residual,
+    norm_growth_limit,
+    consistent_rms,
+    tracking=False,
+):
+    """Algorithm 1 at step t for m >= n. The state is (Q, M, norm of what is limited).
+
+    Tracking moves the basis after the step, to the columns that G has on the rows of the moment.
+    """
+    m, n = G.shape
+    Q, M, last = state
+    if not tracking and t % refresh_every == 0:
+        Q_new = top_left_subspace(G, min(rank, n))
+        M = (Q_new.T @ Q) @ M
+        Q = Q_new
+    G_hat = Q.T @ G
+    M = momentum * M + G_hat
+    O = polar(momentum * M + G_hat if nesterov else M)
+    outside = G - Q @ G_hat
+    R = np.zeros_like(G)
+    if residual == "scaled":
+        R = outside * (np.linalg.norm(O, axis=0) / np.linalg.norm(G_hat, axis=0))
+    limited = R if residual == "scaled" else O
+    norm = np.linalg.norm(limited)
+    if norm_growth_limit is not None:
+        if last > 0 and norm > norm_growth_limit * last:
+            limited = limited * (norm_growth_limit * last / norm)
+            norm = norm_growth_limit * last
+        last = norm
+    scale = 1.0 if consistent_rms is None else consistent_rms * np.sqrt(max(m, n))
+    if residual == "scaled":
+        D = scale * (Q @ O + limited)
+    else:
+        D = scale * (Q @ limited) + (outside if residual == "gradient" else 0)
+    if tracking and t % refresh_every == 0:
+        Q_new = orthonormal(G @ O.T)
+        M = (Q_new.T @ Q) @ M
+        Q = Q_new
+    return D, (Q, M, last)

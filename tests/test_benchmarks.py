@@ -1,0 +1,43 @@
+"""The benchmarks run, in their small versions, and write nothing to the records."""
+
+import contextlib
+import io
+import json
+import sys
+from pathlib import Path
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+
+def test_convergence(tmp_path):
+    import convergence
+
+    before = sorted(BENCHMARKS.glob("results/*"))
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        convergence.main(["--quick", "--runs", str(tmp_path)])
+        convergence.main(["--quick", "--runs", str(tmp_path)])
+    assert sorted(BENCHMARKS.glob("results/*")) == before
+    assert out.getvalue().count("pretrain --optimizer") == 8, "a finished run is not run again"
+    summaries = [json.loads(p.read_text()) for p in tmp_path.glob("*/summary.json")]
+    assert len(summaries) == 8 and all(s["validation_loss"] < 6 for s in summaries)
+
+
+def test_step_measures(tmp_path, monkeypatch):
+    import record
+    import step
+
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    monkeypatch.setitem(
+        step.PRESETS, "micro", step.PRESETS["tiny"].__class__(16, 24, 2, 1, 8, 1, 1)
+    )
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        step.main(["--preset", "micro", "--ranks", "2", "--steps", "1"])
+    rows = json.loads((tmp_path / "step_micro.json").read_text())["rows"]
+    assert rows[0]["optimizer"] == "optax.adamw" and rows[0]["over_adamw"] == 1
+    held = {row["optimizer"]: row["state_bytes"] for row in rows}
+    m_plus_n = 4 * (16 + 16) + 3 * (16 + 24)
+    # Floats of basis and moment, and one more for each of the 7 matrices; and three counters.
+    assert held["sumo, rank 2"] == 4 * (2 * m_plus_n + 7) + 12
+    assert "| sumo, rank 2 |" in out.getvalue()

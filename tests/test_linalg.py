@@ -1,0 +1,124 @@
+"""The polar factor and the orthonormal bases against float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+
+import sumo_optax
+from sumo_optax import _linalg
+
+EPS32 = np.finfo(np.float32).eps
+SHAPES = [(40, 12), (12, 40), (24, 24), (6, 200), (1, 30), (30, 1), (1, 1)]
+EXACT = ["svd", "reduced", "auto"]
+
+
+def with_condition(shape, condition, seed=0):
+    """A matrix whose singular values fall evenly on a log scale from 1 to 1 / condition."""
+    rng = np.random.default_rng(seed)
+    r = min(shape)
+    U, V = (np.linalg.qr(rng.normal(size=(k, r)))[0] for k in shape)
+    return ((U * np.logspace(0, -np.log10(condition), r)) @ V.T).astype(np.float32)
+
+
+def error(O, X):
+    reference = oracles.polar(X)
+    return np.linalg.norm(np.asarray(O, np.float64) - reference) / np.linalg.norm(reference)
+
+
+@pytest.mark.parametrize("method", EXACT)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_polar_factor_is_exact(shape, method):
+    X = with_condition(shape, 10)
+    # A backward error of 10 roundings, amplified by the condition number.
+    assert error(sumo_optax.polar_factor(X, method=method), X) < 10 * 10 * EPS32
+
+
+@pytest.mark.parametrize("r", [8, 32, 128, pytest.param(512, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("condition", [1e1, 1e3, 1e5])
+def test_reduction_is_as_exact_as_the_svd(r, condition):
+    X = with_condition((r, 4 * r), condition)
+    plain = error(sumo_optax.polar_factor(X, method="svd"), X)
+    assert error(sumo_optax.polar_factor(X, method="reduced"), X) < 2 * plain
+
+
+@pytest.mark.parametrize("method", EXACT)
+@pytest.mark.parametrize("shape", [(48, 12), (12, 48), (24, 24), (128, 512)])
+@pytest.mark.parametrize("rank", [1, 5])
+def test_polar_factor_drops_what_is_rounding_noise(shape, rank, method):
+    rng = np.random.default_rng(1)
+    X = (rng.normal(size=(shape[0], rank)) @ rng.normal(size=(rank, shape[1]))).astype(np.float32)
+    O = np.asarray(sumo_optax.polar_factor(X, method=method), np.float64)
+    # The kept directions have a condition number below 10; a dropped one that is not adds 1.
+    assert error(O, X) < 100 * EPS32
+    assert abs(np.linalg.norm(O) ** 2 - rank) < 1e-3
+
+
+@pytest.mark.parametrize("method", [*EXACT, "newton_schulz"])
+def test_polar_factor_of_zero_is_zero(method):
+    O = sumo_optax.polar_factor(jnp.zeros((3, 8)), method=method)
+    np.testing.assert_array_equal(O, np.zeros((3, 8)))
+
+
+@pytest.mark.parametrize("method", EXACT)
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_polar_factor_does_not_depend_on_scale(scale, method):
+    X = with_condition((8, 40), 10)
+    O = sumo_optax.polar_factor((scale * X).astype(np.float32), method=method)
+    assert error(O, X) < 100 * EPS32
+
+
+def test_polar_factor_is_batched_and_keeps_the_dtype():
+    X = np.stack([with_condition((6, 20), 10, seed) for seed in range(4)]).reshape(2, 2, 6, 20)
+    O = sumo_optax.polar_factor(X)
+    for i in np.ndindex(2, 2):
+        assert error(O[i], X[i]) < 100 * EPS32
+    half = sumo_optax.polar_factor(jnp.asarray(X, jnp.bfloat16))
+    assert half.dtype == jnp.bfloat16
+    np.testing.assert_allclose(half.astype(np.float32), O, atol=0.05)  # bfloat16 has 8 bits
+
+
+def test_newton_schulz_is_muons_five_steps():
+    X = with_condition((8, 40), 1e3)
+    O = sumo_optax.polar_factor(X, method="newton_schulz")
+    np.testing.assert_allclose(O, oracles.newton_schulz(X.astype(np.float64)), atol=1e-4)
+    assert error(O, X) > 0.2, "it is far from the polar factor, which is the point of SUMO"
+
+
+def test_polar_factor_refuses():
+    with pytest.raises(ValueError, match=r"\(\.\.\., m, n\), got shape \(3,\)"):
+        sumo_optax.polar_factor(jnp.ones(3))
+    with pytest.raises(ValueError, match="one of .*'svd'.* got 'qr'"):
+        sumo_optax.polar_factor(jnp.ones((3, 3)), method="qr")
+
+
+def test_polar_factor_of_an_empty_batch():
+    assert sumo_optax.polar_factor(jnp.ones((0, 3, 4))).shape == (0, 3, 4)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 5, 16])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_orthonormal_columns_are_that_and_span_the_input(rank, scale):
+    rng = np.random.default_rng(2)
+    Y = rng.normal(size=(64, rank)) @ rng.normal(size=(rank, 16))
+    completion = np.linalg.qr(rng.normal(size=(64, 16)))[0]
+    Q = _linalg.orthonormal_columns((scale * Y).astype(np.float32), completion.astype(np.float32))
+    Q = np.asarray(Q, np.float64)
+    np.testing.assert_allclose(Q.T @ Q, np.eye(16), atol=1e-5)  # 3 passes: rounding of 16 products
+    # The completion enters at 100 roundings of a matrix with condition number about 10.
+    outside = Y - Q @ (Q.T @ Y)
+    assert np.linalg.norm(outside) <= 1000 * EPS32 * np.linalg.norm(Y)
+
+
+def test_left_singular_vectors():
+    X = with_condition((8, 40), 10)
+    U = np.asarray(_linalg.left_singular_vectors(jnp.asarray(X)), np.float64)
+    gram = U.T @ X @ X.T @ U
+    np.testing.assert_allclose(gram, np.diag(np.logspace(0, -1, 8) ** 2), atol=1e-5)
+
+
+def test_column_norms_do_not_overflow():
+    X = jnp.array([[3e30, 0.0, 3e-30], [4e30, 0.0, 4e-30]])
+    np.testing.assert_allclose(_linalg.column_norms(X), [5e30, 0, 5e-30], rtol=1e-6)
+    assert jax.jit(_linalg.column_norms)(X).dtype == jnp.float32

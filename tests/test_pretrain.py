@@ -1,0 +1,387 @@
+"""The pre-training program: its model, its data, its runs and its refusals."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import hub
+import jax
+import jax.numpy as jnp
+import llama
+import numpy as np
+import optimizers
+import orbax.checkpoint as ocp
+import pretrain
+import pytest
+import text
+import tokens
+from flax import nnx
+
+SHAPE = llama.LlamaConfig(vocab=64, width=32, hidden=48, heads=2, layers=3)
+MICRO = "--width 32 --hidden 48 --heads 2 --layers 1 --length 32 --batch 8 --eval-windows 16"
+
+
+def random_tokens(*shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(0).integers(0, SHAPE.vocab, shape))
+
+
+# The model
+
+
+@nnx.jit
+def logits(model: llama.Llama, tokens_BxL: jax.Array) -> jax.Array:
+    return model(tokens_BxL)
+
+
+def test_no_token_sees_a_later_one():
+    model = llama.Llama(SHAPE, nnx.Rngs(0))
+    before = random_tokens(2, 16)
+    after = before.at[:, 9].add(1)
+    change = np.abs(logits(model, before) - logits(model, after)).max(axis=(0, 2))
+    assert (change[:9] == 0).all()
+    assert (change[9:] > 0).all()
+
+
+def test_stacked_blocks_equal_unrolled_ones():
+    unrolled = llama.Llama(SHAPE, nnx.Rngs(0))
+    scanned = llama.Llama(dataclasses.replace(SHAPE, scan_layers=True), nnx.Rngs(1))
+    weights = nnx.to_pure_dict(nnx.state(unrolled, nnx.Param))
+    weights["layers"] = jax.tree.map(lambda *x: jnp.stack(x), *weights["layers"].values())
+    state = nnx.state(scanned, nnx.Param)
+    nnx.replace_by_pure_dict(state, weights)
+    nnx.update(scanned, state)
+    inputs = random_tokens(2, 16)
+    np.testing.assert_allclose(logits(scanned, inputs), logits(unrolled, inputs), atol=1e-5)
+
+
+def test_stacked_blocks_start_different_from_each_other():
+    blocks = llama.stacked(SHAPE, nnx.Rngs(0))
+    kernels = blocks.mlp.up_proj.kernel[...]
+    assert kernels.shape == (3, 32, 48)
+    assert np.abs(kernels[0] - kernels[1]).max() > 0.1
+
+
+def test_rotated_products_depend_on_the_distance_alone():
+    q, k = np.random.default_rng(0).normal(size=(2, 8))
+    q_LxK, k_LxK = (llama.rotate(jnp.broadcast_to(x, (1, 20, 1, 8)))[0, :, 0] for x in (q, k))
+    products = np.asarray(q_LxK @ k_LxK.T)
+    for distance in range(-5, 6):
+        diagonal = np.diagonal(products, distance)
+        np.testing.assert_allclose(diagonal, diagonal[0], atol=1e-5)
+    assert np.ptp(products[0]) > 0.1
+    np.testing.assert_allclose(np.diagonal(products), q @ k, atol=1e-5)
+
+
+def test_first_loss_is_that_of_a_guess():
+    tx = optimizers.create("adamw", 10, {"learning_rate": 1e-3, "weight_decay": 0.0})
+    init, loss = pretrain.functions(SHAPE, tx, seed=0)
+    # Logits of variance one cost half a nat more than equal ones.
+    first = jax.jit(loss)(jax.jit(init)().params, random_tokens(16, 33))
+    assert first == pytest.approx(np.log(64) + 0.5, abs=0.3)
+
+
+# The data
+
+
+def test_split_by_name_is_disjoint_stable_and_about_a_twentieth():
+    documents = {f"folder/{i}.py": f"text {i}" for i in range(2000)}
+    training, validation = text.split(documents)
+    assert sorted(training + validation) == sorted(documents.values())
+    assert 60 < len(validation) < 140
+    # Other files do not move a file to the other side.
+    fewer = dict(list(documents.items())[::3])
+    assert set(text.split(fewer)[1]) < set(validation)
+
+
+def test_a_single_file_keeps_its_end_for_validation():
+    assert text.split({"a.txt": "x" * 190 + "y" * 10}) == (["x" * 190], ["y" * 10])
+
+
+def test_standard_library_leaves_out_tests_and_packages():
+    names = text.standard_library()
+    assert "argparse.py" in names
+    assert not any({"test", "tests", "site-packages"} & set(Path(name).parts) for name in names)
+
+
+def test_targets_are_inputs_moved_by_one_and_windows_cover_all_targets():
+    windows = text.Windows(np.arange(101), length=20, name="training")
+    assert len(windows) == 5
+    targets = np.concatenate([window[1:] for window in windows])
+    np.testing.assert_array_equal(targets, np.arange(1, 101))
+    for window in windows:
+        np.testing.assert_array_equal(window[1:], window[:-1] + 1)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_batches_go_through_all_windows_in_another_order_each_time(batch):
+    windows = text.Windows(np.arange(65), length=4, name="training")
+    batches = text.shuffled_batches(windows, batch=batch, seed=0)
+    starts = np.concatenate([next(batches)[:, 0] for _ in range(32 // batch)])
+    first, second = np.split(starts, 2)
+    assert sorted(first) == sorted(second) == list(range(0, 64, 4))
+    assert list(first) != list(second)
+
+
+@pytest.mark.parametrize("spec", ["bytes", "bpe:300"])
+def test_tokens_give_the_text_back(spec):
+    source = "def naïve(x):\n\treturn '…'  # 漢字\n" * 5
+    tokenizer = tokens.make(spec, [source])
+    encoded = tokenizer.encode([source, source])
+    assert tokenizer.decode(encoded) == (source + tokens.END) * 2
+    assert encoded.max() < tokenizer.vocab
+    assert tokenizer.token_bytes[encoded].sum() == 2 * len((source + tokens.END).encode())
+    assert spec == "bytes" or len(encoded) < len(source)
+
+
+@pytest.fixture
+def hub_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hub")
+    for split, rows in {"train": 50, "validation": 8}.items():
+        lines = [json.dumps({"text": f"{split} {i} " * (i % 5 + 1)}) for i in range(rows)]
+        (folder / f"{split}.jsonl").write_text("\n".join(lines))
+    return str(folder)
+
+
+def test_stream_goes_on_where_it_was(hub_folder, monkeypatch):
+    monkeypatch.setattr(hub, "SHUFFLED", 8)
+
+    def batches():
+        stream = hub.open_stream(hub_folder)
+        return stream.batches(tokens.ByteTokenizer(), length=16, batch=4, seed=0)
+
+    unbroken = batches()
+    for _ in range(7):
+        next(unbroken)
+    state = json.loads(json.dumps(unbroken.get_state()))
+    resumed = batches()
+    resumed.set_state(state)
+    for _ in range(60):  # more than once through the data
+        np.testing.assert_array_equal(next(resumed), next(unbroken))
+
+
+def test_stream_keeps_validation_apart(hub_folder, monkeypatch):
+    assert all(t.startswith("validation") for t in hub.open_stream(hub_folder).validation)
+    (Path(hub_folder) / "validation.jsonl").unlink()
+    monkeypatch.setattr(hub, "HELD_OUT", 5)
+    stream = hub.open_stream(hub_folder)
+    training = {row["text"] for row in stream.training}
+    assert len(stream.validation) == 5
+    assert len(training) == 45
+    assert not training & set(stream.validation)
+
+
+# Runs
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compilation_cache(tmp_path_factory):
+    """Most runs here compile the same programs."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Sentences of a few words, many times: something to learn in a few steps."""
+    rng = np.random.default_rng(0)
+    words = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "it"]
+    path = tmp_path_factory.mktemp("data") / "corpus.txt"
+    path.write_text(" ".join(rng.choice(words, 20_000)))
+    return path
+
+
+@pytest.fixture
+def run(corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def call(arguments: str = "", data: object = corpus) -> int:
+        return pretrain.main(f"{MICRO} --data {data} {arguments}".split())
+
+    return call
+
+
+def losses(out: Path) -> list[tuple[int, float]]:
+    rows = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return [(row["step"], row["loss"]) for row in rows]
+
+
+def checkpoint(out: Path, step: int) -> list[np.ndarray]:
+    arguments = ocp.args.Composite(state=ocp.args.StandardRestore())
+    restored = pretrain.run_folder.Checkpoints(out).manager.restore(step, args=arguments)
+    return jax.tree.leaves(restored["state"])
+
+
+def test_learns_and_writes_all_it_says(run, capsys, tmp_path):
+    assert run("--optimizer adamw --steps 60 --out out") == 0
+    out = tmp_path / "out"
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 61))
+    assert rows[0]["loss"] > 5
+    assert rows[-1]["validation_loss"] < 2
+    assert sum("validation_loss" in row for row in rows) == 10
+    assert (out / "loss.png").stat().st_size > 10_000
+    assert (out / "checkpoints" / "60").is_dir()
+    printed = capsys.readouterr().out
+    for words in ("q_proj", "validation loss", "nats per token", "tokens/s", "MiB", "loss.png"):
+        assert words in printed
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        "--optimizer sumo --refresh-every 5",
+        "--optimizer adamw --scan-layers --data hf:{hub} --tokenizer bpe:280",
+    ],
+)
+def test_resumed_run_equals_an_unbroken_one(run, hub_folder, extra, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "SHUFFLED", 8)
+    arguments = f"{extra} --steps 24 --save-every 8".format(hub=hub_folder)
+    assert run(f"{arguments} --out unbroken") == 0
+
+    add = pretrain.run_folder.Metrics.add
+
+    def interrupt(self, rows):
+        add(self, rows)
+        if rows[-1]["step"] == 18:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain.run_folder.Metrics, "add", interrupt)
+        assert run(f"{arguments} --out broken") == 130
+    assert losses(tmp_path / "broken")[-1][0] == 18  # two steps after the last checkpoint
+    assert run(f"{arguments} --out broken --resume") == 0
+    assert losses(tmp_path / "broken") == losses(tmp_path / "unbroken")
+    for a, b in zip(
+        checkpoint(tmp_path / "broken", 24), checkpoint(tmp_path / "unbroken", 24), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_new_run_takes_a_new_folder_and_resume_the_last(run, tmp_path):
+    for _ in range(2):
+        assert run("--optimizer adamw --steps 2") == 0
+    assert losses(tmp_path / "runs/tiny-adamw") == losses(tmp_path / "runs/tiny-adamw-2")
+    assert run("--optimizer adamw --steps 2 --resume") == 0
+    assert not (tmp_path / "runs/tiny-adamw-3").exists()
+
+
+@pytest.mark.parametrize("name", ["galore", "muon", "adamw", "sumo"])
+def test_every_optimizer_takes_projections_alone_as_matrices(name):
+    tx = optimizers.create(name, 10, optimizers.complete(name, 32, {}))
+    params = nnx.to_pure_dict(nnx.state(llama.Llama(SHAPE, nnx.Rngs(0)), nnx.Param))
+    state = tx.init(params)
+    embeddings = [x for x in jax.tree.leaves(state) if x.shape == (SHAPE.vocab, SHAPE.width)]
+    assert len(embeddings) == 2  # both of Adam's moments
+
+
+# Refusals
+
+
+def refused(capsys, code: int, *words: str) -> None:
+    error = capsys.readouterr().err
+    assert code == 2
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    for word in words:
+        assert word in error
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ("--optimizer adam", ["'adam'", "sumo", "adamw"]),
+        ("--preset 3b", ["'3b'", "tiny", "7b"]),
+        ("--optimizer galore --rank 0", ["--rank", "0", "at least 1"]),
+        ("--rank 1.5", ["--rank", "1.5", "INT"]),
+        ("--optimizer sumo --rank 0", ["--rank", "0", "at least 1"]),
+        ("--optimizer sumo --refresh-every 0", ["--refresh-every", "0", "at least 1"]),
+        ("--optimizer adamw --rank 8", ["adamw", "--rank"]),
+        ("--steps 0", ["--steps", "0", "at least 1"]),
+        ("--batch -1", ["--batch", "-1", "at least 1"]),
+        ("--learning-rate x", ["--learning-rate", "'x'"]),
+        ("--learning-rate -1", ["--learning-rate", "-1"]),
+        ("--optimiser adamw", ["--optimiser"]),
+        ("--tokenizer words", ["bytes", "bpe:SIZE", "'words'"]),
+        ("--heads 3", ["width 32", "heads 3"]),
+        ("--length 1000000", ["too few", "--length"]),
+        ("--resume", ["no run to resume"]),
+        ("--optimizer galore --scan-layers", ["galore", "--scan-layers"]),
+    ],
+)
+def test_wrong_arguments_are_one_clear_line(run, capsys, tmp_path, arguments, words):
+    refused(capsys, run(arguments), *words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_not_built_is_refused(run, capsys, monkeypatch):
+    monkeypatch.delattr(optimizers.sumo_optax, "mofasgd", raising=False)
+    refused(capsys, run("--optimizer mofasgd"), "mofasgd is not built yet", "adamw")
+
+
+def test_out_must_be_a_folder(run, capsys, tmp_path):
+    (tmp_path / "file").touch()
+    refused(capsys, run("--optimizer adamw --out file"), "file", "folder")
+
+
+def test_unreadable_data_is_one_clear_line(run, capsys, tmp_path):
+    refused(capsys, run(data="nowhere.txt"), "nowhere.txt", "No such file")
+    (tmp_path / "empty.txt").touch()
+    refused(capsys, run(data="empty.txt"), "empty.txt", "is empty")
+    (tmp_path / "folder").mkdir()
+    refused(capsys, run(data="folder"), "folder", "is empty")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    refused(capsys, run(data="binary"), "binary", "UTF-8")
+    (tmp_path / "short.txt").write_text("short")
+    refused(capsys, run(data="short.txt"), "too few", "33")
+
+
+def test_a_stream_that_cannot_be_read_is_one_clear_line(run, capsys, tmp_path):
+    refused(capsys, run(data="hf:./nowhere"), "hf:./nowhere", "nowhere")
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows/train.jsonl").write_text('{"words": "a"}\n')
+    refused(capsys, run(data="hf:./rows"), "too few")
+    (tmp_path / "rows/validation.jsonl").write_text('{"words": "a"}\n')
+    refused(capsys, run(data="hf:./rows"), "text", "words")
+
+
+def test_nothing_is_overwritten_unless_asked(run, capsys, tmp_path):
+    first = "--optimizer adamw --steps 2 --out out"
+    assert run(first) == 0
+    (tmp_path / "out/notes.txt").write_text("mine")
+    before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    capsys.readouterr()
+    refused(capsys, run(first), "out holds a run", "--overwrite")
+    for other, word in [
+        ("--optimizer muon", "optimizer was adamw, now muon"),
+        ("--layers 2", "layers was 1, now 2"),
+        ("--seed 1", "seed was 0, now 1"),
+    ]:
+        refused(capsys, run(f"{first} --resume {other}"), word)
+    after = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    assert before == after
+    assert run(f"{first} --overwrite --seed 1") == 0
+    assert (tmp_path / "out/notes.txt").read_text() == "mine"
+
+
+def test_another_rank_is_refused(run, capsys):
+    arguments = "--optimizer galore --steps 2 --out out"
+    assert run(f"{arguments} --rank 4") == 0
+    capsys.readouterr()
+    refused(capsys, run(f"{arguments} --rank 8 --resume"), "rank was 4, now 8")
+
+
+def test_arrays_of_another_shape_are_refused(tmp_path):
+    checkpoints = pretrain.run_folder.Checkpoints(tmp_path)
+    batches = text.shuffled_batches(text.Windows(np.arange(65), 4, "training"), batch=4, seed=0)
+    checkpoints.save(1, {"basis": jnp.ones((4, 2))}, batches, 0.0)
+    checkpoints.close()
+    with pytest.raises(ValueError, match=r"basis was float32\[4, 2\], now float32\[4, 3\]"):
+        pretrain.run_folder.Checkpoints(tmp_path).check_shapes({"basis": jnp.ones((4, 3))})

@@ -1,0 +1,115 @@
+"""The table of `describe` and its bytes, against the arrays that are really made."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import sumo_optax
+
+PARAMS = {
+    "embed_tokens": {"embedding": jnp.ones((50, 16))},
+    "layers": [{"up": {"kernel": jnp.ones((16, 40)), "bias": jnp.ones(40)}} for _ in range(2)],
+    "experts": {"kernel": jnp.ones((3, 40, 16)), "bias": jnp.ones((3, 16))},
+    "norm": {"scale": jnp.ones(16)},
+}
+
+
+def bytes_of(tree):
+    return sum(x.nbytes for x in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [sumo_optax.sumo(1e-3, 4), sumo_optax.scale_by_sumo(4), optax.adamw(1e-3), optax.sgd(1e-3)],
+    ids=["sumo", "scale_by_sumo", "adamw", "sgd"],
+)
+def test_bytes_are_those_of_the_real_state(tx):
+    held = bytes_of(tx.init(PARAMS))
+    assert sumo_optax.state_bytes(tx, PARAMS) == held
+    assert sumo_optax.describe(tx, PARAMS).state_bytes == held
+
+
+def test_matrices_hold_m_plus_n_times_r_numbers_and_one_more():
+    state = sumo_optax.scale_by_sumo(4).init(PARAMS)
+    for layer in range(2):
+        arrays = [field["layers"][layer]["up"]["kernel"] for field in state[1:4]]
+        assert sum(x.size for x in arrays) == (16 + 40) * 4 + 1
+    arrays = [field["experts"]["kernel"] for field in state[1:4]]
+    assert sum(x.size for x in arrays) == 3 * ((16 + 40) * 4 + 1)
+
+
+def test_report_as_data():
+    report = sumo_optax.describe(4, PARAMS)
+    leaves = {leaf.path: leaf for leaf in report.leaves}
+    kernel = leaves["layers/0/up/kernel"]
+    assert (kernel.role, kernel.m, kernel.n, kernel.side, kernel.rank) == (
+        "matrix", 40, 16, "out", 4,
+    )  # fmt: skip
+    assert kernel.state_bytes == 4 * ((40 + 16) * 4 + 1)
+    assert leaves["experts/kernel"].batch == (3,)
+    assert leaves["experts/kernel"].side == "in"
+    assert leaves["embed_tokens/embedding"].role == "fallback"
+    assert report.adamw_bytes == 2 * bytes_of(PARAMS)
+
+
+def test_report_as_a_table():
+    lines = str(sumo_optax.describe(4, PARAMS)).splitlines()
+    assert lines[0].split() == [
+        "parameter",
+        "shape",
+        "role",
+        "m",
+        "x",
+        "n",
+        "side",
+        "rank",
+        "state",
+        "AdamW's",
+    ]
+    (layers,) = [line for line in lines if line.startswith("layers/*/up/kernel")]
+    assert layers.split() == [
+        "layers/*/up/kernel",
+        "2",
+        "of",
+        "(16,40)",
+        "matrix",
+        "40",
+        "x",
+        "16",
+        "out",
+        "4",
+        "1.8",
+        "KiB",
+        "10.0",
+        "KiB",
+    ]
+    (experts,) = [line for line in lines if line.startswith("experts/kernel")]
+    assert "3 of 40 x 16" in experts
+    assert "5 matrices" in lines[-1]
+    assert all(len(line) <= 100 for line in lines)
+
+
+def test_describe_takes_shapes_and_any_optimizer():
+    shapes = jax.eval_shape(lambda: PARAMS)
+    assert sumo_optax.describe(4, shapes) == sumo_optax.describe(4, PARAMS)
+    report = sumo_optax.describe(optax.adam(1e-3), PARAMS)
+    assert {leaf.role for leaf in report.leaves} == {"-"}
+    assert report.state_bytes == report.adamw_bytes + 4, "Adam's two moments and its counter"
+
+
+def test_nothing_to_hold_at_low_rank_is_an_error_with_the_paths():
+    with pytest.raises(ValueError, match=r"no parameter is a matrix.*norm/scale \(16,\)"):
+        sumo_optax.describe(4, {"norm": PARAMS["norm"]})
+    assert sumo_optax.describe(4, {}).leaves == ()
+
+
+def test_what_path_and_shape_leave_open_is_said():
+    params = {"table": jnp.ones((3, 4, 5)), "dense": {"kernel": jnp.ones((4, 5))}}
+    report = sumo_optax.describe(2, params)
+    assert {leaf.path: leaf.role for leaf in report.leaves} == {
+        "table": "open",
+        "dense/kernel": "matrix",
+    }
+    assert "open: path and shape do not tell" in str(report)
+    assert "open" not in str(sumo_optax.describe(2, {"dense": params["dense"]}))
