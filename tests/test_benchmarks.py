@@ -21,7 +21,9 @@ def test_convergence(tmp_path):
     assert sorted(BENCHMARKS.glob("results/*")) == before
     assert out.getvalue().count("pretrain --optimizer") == 8, "a finished run is not run again"
     summaries = [json.loads(p.read_text()) for p in tmp_path.glob("*/summary.json")]
-    assert len(summaries) == 8 and all(s["validation_loss"] < 6 for s in summaries)
+    losses = [s["validation_loss"] for s in summaries]
+    # Four steps neither learn nor diverge: about the log of 256 equally likely bytes.
+    assert len(losses) == 8 and all(4 < loss < 8 for loss in losses)
 
 
 def test_step_measures(tmp_path, monkeypatch):
@@ -38,6 +40,6 @@ def test_step_measures(tmp_path, monkeypatch):
     assert rows[0]["optimizer"] == "optax.adamw" and rows[0]["over_adamw"] == 1
     held = {row["optimizer"]: row["state_bytes"] for row in rows}
     m_plus_n = 4 * (16 + 16) + 3 * (16 + 24)
-    # Floats of basis and moment, and one more for each of the 7 matrices; and three counters.
-    assert held["sumo, rank 2"] == 4 * (2 * m_plus_n + 7) + 12
+    # Floats of basis and moment, and one more for each of the 7 matrices; and two counters.
+    assert held["sumo, rank 2"] == 4 * (2 * m_plus_n + 7) + 8
     assert "| sumo, rank 2 |" in out.getvalue()
