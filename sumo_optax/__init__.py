@@ -2,6 +2,9 @@
 
 from sumo_optax._axes import flax_dimension_numbers as flax_dimension_numbers
 from sumo_optax._linalg import polar_factor as polar_factor
+from sumo_optax._mofasgd import MofasgdState as MofasgdState
+from sumo_optax._mofasgd import mofasgd as mofasgd
+from sumo_optax._mofasgd import scale_by_mofasgd as scale_by_mofasgd
 from sumo_optax._report import describe as describe
 from sumo_optax._report import state_bytes as state_bytes
 from sumo_optax._sumo import SumoState as SumoState

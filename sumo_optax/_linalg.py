@@ -104,8 +104,12 @@ def check_polar_method(method: str) -> None:
 
 def _polar_by_svd(x: jax.Array) -> jax.Array:
     u, s, vt = jnp.linalg.svd(x, full_matrices=False)
-    keep = s > 4 * jnp.finfo(x.dtype).eps * s[0]
-    return (u * keep) @ vt
+    return (u * above_rounding(s)) @ vt
+
+
+def above_rounding(s: jax.Array) -> jax.Array:
+    """Which singular values, the largest first, are not lost in rounding."""
+    return s > 4 * jnp.finfo(s.dtype).eps * s[0]
 
 
 @_highest_precision
@@ -156,16 +160,25 @@ def well_conditioned_columns(y: jax.Array) -> jax.Array:
 
 
 @_highest_precision
-def orthonormal_columns(y: jax.Array, completion: jax.Array) -> jax.Array:
+def orthonormal_columns(y: jax.Array, completion: jax.Array | None = None) -> jax.Array:
     """An orthonormal basis of the columns of y (m x r), completed where they are dependent.
 
     The completion, of y's shape, with columns of about unit length, enters at the level of
-    rounding, from which the three passes raise it to one.
+    rounding, from which the three passes raise it to one. Without it, columns of 0 remain so.
     """
-    y = _at_most_one(y) + _shift(y) * completion
+    y = _at_most_one(y)
+    if completion is not None:
+        y += _shift(y) * completion
     for _ in range(3):
         y = y @ _whitening(y.T @ y)
     return y
+
+
+def svd(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """U (m x k), s and V (n x k) of x = U diag(s) Vᵀ, k the short side; of any scale."""
+    largest = jnp.max(jnp.abs(x))
+    u, s, vt = jnp.linalg.svd(unit_scale(x), full_matrices=False)
+    return u, s * largest, vt.T
 
 
 @_highest_precision

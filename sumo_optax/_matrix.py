@@ -55,36 +55,38 @@ def matrix_view(shape: tuple[int, ...], axes: MatrixAxes) -> View:
 
 
 class Rule(NamedTuple):
-    """An optimizer for one matrix m x n, m >= n. Its state is a tuple of arrays.
+    """An optimizer for one matrix m x n, m >= n. Its state is a tuple of arrays or trees of arrays.
 
-    init(m, n, dtype, key) -> state
+    init(m, n, dtype, key) -> state, a tree of one structure for all matrices
     due(t, state) -> bool: whether `step` refreshes; any matrix of a batch makes all of them do so,
       since under `vmap` a predicate of its own would turn `lax.cond` into doing both
     step(G, state, t, due, key) -> D, state; key depends on the leaf and t alone
     """
 
-    init: Callable[..., tuple[jax.Array, ...]]
+    init: Callable[..., tuple[PyTree, ...]]
     due: Callable[..., jax.Array]
-    step: Callable[..., tuple[jax.Array, tuple[jax.Array, ...]]]
+    step: Callable[..., tuple[jax.Array, tuple[PyTree, ...]]]
 
 
 def lift(
     rule: Rule,
     state_type: Any,
     *,
-    fallback: optax.GradientTransformation,
+    fallback: optax.GradientTransformation | None,
     weight_dimension_numbers: WeightDimensionNumbers | None,
+    skip_nonfinite: bool,
     state_dtype: Any,
     seed: jax.typing.ArrayLike,
 ) -> optax.GradientTransformationExtraArgs:
     """The transformation that runs `rule` on the matrices of a tree, `fallback` on the rest.
 
-    `state_type(count, *fields, fallback)` is a NamedTuple; each field is a tree like the parameters
-    with one array of the rule's state, batch axes in front, for a matrix and a
-    `MaskedNode` for any other leaf.
+    `state_type(count, *fields, fallback, skipped)` is a NamedTuple; a field is the rule's, with a
+    tree like the parameters for every array: batch axes in front for a matrix, a `MaskedNode` for
+    any other leaf.
     """
-    fallback = optax.with_extra_args_support(fallback)
-    keep = lambda x, dtype: x.astype(dtype if state_dtype is None else state_dtype)
+    fallback = optax.with_extra_args_support(
+        optax.scale_by_adam() if fallback is None else fallback
+    )
 
     def key_of(path, t):
         leaf = zlib.crc32(path_string(path).encode())
@@ -101,56 +103,97 @@ def lift(
             view = matrix_view(jnp.shape(leaf), spec)
             dtype = jnp.promote_types(leaf.dtype, jnp.float32)
             one = rule.init(view.m, view.n, dtype, key_of(path, t))
-            states.append([keep(jnp.broadcast_to(x, view.batch + x.shape), dtype) for x in one])
-        fields = _unzip(treedef, specs, states, count=len(state_type._fields) - 2)
-        return state_type(t, *fields, fallback.init(_without_matrices(treedef, leaves, specs)))
+            one = _cast(one, dtype if state_dtype is None else state_dtype)
+            states.append(jax.tree.map(lambda x: jnp.broadcast_to(x, view.batch + x.shape), one))
+        fields = _transpose(treedef, specs, states, _structure(rule))
+        others = fallback.init(_without_matrices(treedef, leaves, specs))
+        return state_type(t, *fields, others, jnp.zeros([], jnp.int32))
 
     def update(updates, state, params=None, **extra_args):
         leaves, treedef = jax.tree.flatten(updates)
         specs = resolve(weight_dimension_numbers, updates)
-        t = state.count
-        columns = [treedef.flatten_up_to(field) for field in state[1:-1]]
-        outputs, states = list(leaves), []
-        for i, (path, leaf, spec) in enumerate(
-            zip(named_leaves(updates), leaves, specs, strict=True)
-        ):
-            if spec is None:
-                continue
-            view = matrix_view(jnp.shape(leaf), spec)
-            dtype = jnp.promote_types(leaf.dtype, jnp.float32)
-            old = tuple(column[i] for column in columns)
-            matrices = view.to_matrices(leaf.astype(dtype))
-            one = tuple(x.astype(dtype) for x in old)
-            D, new = _step_batch(rule, matrices, one, t, key_of(path, t))
-            outputs[i] = view.to_leaf(D).astype(leaf.dtype)
-            states.append([x.astype(o.dtype) for x, o in zip(new, old, strict=True)])
-        fields = _unzip(treedef, specs, states, count=len(columns))
+        structure = _structure(rule)
+        t, skipped = state.count, state.skipped
+        fields = structure.flatten_up_to(tuple(state[1:-2]))
+        columns = [treedef.flatten_up_to(field) for field in fields]
+        without_matrices = lambda tree: _without_matrices(
+            treedef, treedef.flatten_up_to(tree), specs
+        )
+        grads = without_matrices(updates)
+        if skip_nonfinite:
+            good = jax.tree.map(lambda g: jnp.all(jnp.isfinite(g)), grads)
+            grads = jax.tree.map(lambda g, ok: jnp.where(ok, g, 0), grads, good)
+            skipped += sum(~ok for ok in jax.tree.leaves(good))
         others, fallback_state = fallback.update(
-            _without_matrices(treedef, leaves, specs),
+            grads,
             state.fallback,
-            None
-            if params is None
-            else _without_matrices(treedef, treedef.flatten_up_to(params), specs),
+            None if params is None else without_matrices(params),
             **extra_args,
         )
-        others = treedef.flatten_up_to(others)
-        outputs = [
-            o if s is not None else x for o, x, s in zip(outputs, others, specs, strict=True)
-        ]
-        count = optax.safe_increment(t)
-        return treedef.unflatten(outputs), state_type(count, *fields, fallback_state)
+        if skip_nonfinite:
+            others = jax.tree.map(lambda u, ok: jnp.where(ok, u, 0), others, good)
+
+        outputs, states = treedef.flatten_up_to(others), []
+        for i, (path, G, spec) in enumerate(zip(named_leaves(updates), leaves, specs, strict=True)):
+            if spec is None:
+                continue
+            view = matrix_view(jnp.shape(G), spec)
+            dtype = jnp.promote_types(G.dtype, jnp.float32)
+            old = structure.unflatten(column[i] for column in columns)
+            D, new, good = _step_batch(
+                rule, view.to_matrices(G.astype(dtype)), _cast(old, dtype), t, key_of(path, t)
+            )
+            new = jax.tree.map(lambda x, o: x.astype(o.dtype), new, old)
+            if skip_nonfinite:
+                D, new = _where(good, (D, new), (jnp.zeros_like(D), old))
+                skipped += jnp.sum(~good)
+            outputs[i] = view.to_leaf(D).astype(G.dtype)
+            states.append(new)
+        fields = _transpose(treedef, specs, states, structure)
+        new_state = state_type(optax.safe_increment(t), *fields, fallback_state, skipped)
+        return treedef.unflatten(outputs), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def _structure(rule: Rule) -> Any:
+    """The tree structure of a matrix's state, also where there is no matrix."""
+    return jax.tree.structure(
+        jax.eval_shape(lambda: rule.init(1, 1, jnp.float32, jax.random.key(0)))
+    )
+
+
+def _cast(tree: PyTree, dtype: Any) -> PyTree:
+    """Floating-point arrays as `dtype`; counters as they are."""
+    return jax.tree.map(
+        lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
+    )
+
+
 def _step_batch(rule: Rule, G: jax.Array, state, t, key):
+    """A step of every matrix of a leaf; and of which the state after it is finite.
+
+    A NaN or Inf anywhere in G makes it not so, since QᵀG and the like read all of G: a look at the
+    small state is a look at G.
+    """
     batch_axes = G.ndim - 2
     due = lambda *state: rule.due(t, state)
-    step = lambda G, *state: rule.step(G, state, t, any_due, key)
+
+    def step(G, *state):
+        D, state = rule.step(G, state, t, any_due, key)
+        finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(state)]
+        return D, state, jnp.all(jnp.stack(finite))
+
     for _ in range(batch_axes):
         due, step = jax.vmap(due), jax.vmap(step)
     any_due = jnp.any(due(*state))
     return step(G, *state)
+
+
+def _where(good: jax.Array, a: PyTree, b: PyTree) -> PyTree:
+    """`a` for good matrices, `b` for others."""
+    pick = lambda x, y: jnp.where(good.reshape(good.shape + (1,) * (x.ndim - good.ndim)), x, y)
+    return jax.tree.map(pick, a, b)
 
 
 def _without_matrices(treedef, leaves, specs) -> PyTree:
@@ -159,17 +202,16 @@ def _without_matrices(treedef, leaves, specs) -> PyTree:
     )
 
 
-def _unzip(treedef, specs, states, count: int) -> list[PyTree]:
-    """The states of the matrices, in order, as one tree for every field."""
-    fields = []
-    for field in range(count):
-        arrays = iter(states)
-        fields.append(
-            treedef.unflatten(
-                [optax.MaskedNode() if s is None else next(arrays)[field] for s in specs]
-            )
+def _transpose(treedef, specs, states, structure) -> tuple[PyTree, ...]:
+    """The states of the matrices, in order, as one state with a tree for every array."""
+    flat = [structure.flatten_up_to(state) for state in states]
+    trees = []
+    for i in range(structure.num_leaves):
+        arrays = iter(flat)
+        trees.append(
+            treedef.unflatten([optax.MaskedNode() if s is None else next(arrays)[i] for s in specs])
         )
-    return fields
+    return structure.unflatten(trees)
 
 
 def descend(

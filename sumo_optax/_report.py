@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import optax
 
 from sumo_optax._axes import Path, PyTree, is_open, named_leaves, path_string
+from sumo_optax._mofasgd import MofasgdState
 from sumo_optax._sumo import SumoState, sumo
 
-_LOW_RANK_STATES = (SumoState,)
+_LOW_RANK_STATES = (SumoState, MofasgdState)
 
 
 class LeafReport(NamedTuple):

@@ -37,6 +37,7 @@ class SumoState(NamedTuple):
     moment: PyTree  # M, shape (*batch, r, n), n the shorter side
     update_norm: PyTree  # of what `norm_growth_limit` limits, shape (*batch,)
     fallback: PyTree  # state of the fallback, which sees a `MaskedNode` for every matrix
+    skipped: jax.Array  # updates of a matrix or leaf skipped so far, shape (), int32
 
 
 def scale_by_sumo(
@@ -52,6 +53,7 @@ def scale_by_sumo(
     basis: _subspace.Basis = "tracking",
     weight_dimension_numbers: WeightDimensionNumbers | None = None,
     fallback: optax.GradientTransformation | None = None,
+    skip_nonfinite: bool = True,
     state_dtype: jax.typing.DTypeLike | None = None,
     seed: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -95,6 +97,9 @@ def scale_by_sumo(
         :func:`flax_dimension_numbers`.
       fallback: the transformation for leaves that are no matrices, by default
         ``optax.scale_by_adam()``.
+      skip_nonfinite: whether a gradient with a NaN or Inf gives its leaf (its matrix, in a stack of
+        them) a zero update and leaves basis and moment as they were; the fallback sees zeros then.
+        The state counts them in ``skipped``.
       state_dtype: dtype of basis, moment and norm; by default the parameter's, but at least
         float32. Arithmetic is in float32 or better whatever it is.
       seed: of all randomness, which depends on it, the leaf's path and the step alone.
@@ -188,8 +193,9 @@ def scale_by_sumo(
     return lift(
         Rule(init, due, step),
         SumoState,
-        fallback=optax.scale_by_adam() if fallback is None else fallback,
+        fallback=fallback,
         weight_dimension_numbers=weight_dimension_numbers,
+        skip_nonfinite=skip_nonfinite,
         state_dtype=state_dtype,
         seed=seed,
     )
@@ -242,6 +248,7 @@ def sumo(
     adam_eps: jax.typing.ArrayLike = 1e-8,
     adam_weight_decay: jax.typing.ArrayLike = 0.0,
     adam_learning_rate: optax.ScalarOrSchedule | None = None,
+    skip_nonfinite: bool = True,
     state_dtype: jax.typing.DTypeLike | None = None,
     seed: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -258,7 +265,7 @@ def sumo(
     Args:
       learning_rate: a number or an optax schedule.
       rank, refresh_every, momentum, nesterov, residual, norm_growth_limit, consistent_rms, polar,
-        basis, weight_dimension_numbers, state_dtype, seed: those of :func:`scale_by_sumo`.
+        basis, weight_dimension_numbers, skip_nonfinite, state_dtype, seed: those of :func:`scale_by_sumo`.
       weight_decay: decoupled decay of matrices, times the learning rate.
       weight_decay_mask: tree of booleans like the parameters or a prefix of it, or a function from
         parameters to one: which leaves decay at all.
@@ -300,6 +307,7 @@ def sumo(
             basis=basis,
             weight_dimension_numbers=weight_dimension_numbers,
             fallback=optax.scale_by_adam(adam_b1, adam_b2, adam_eps),
+            skip_nonfinite=skip_nonfinite,
             state_dtype=state_dtype,
             seed=seed,
         ),

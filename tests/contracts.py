@@ -23,6 +23,10 @@ TABLE = {
             rank, basis="randomized_svd", refresh_every=4, residual="gradient", **kw
         ),
     ),
+    "mofasgd": (
+        lambda learning_rate=1e-2, rank=3, **kw: sumo_optax.mofasgd(learning_rate, rank, **kw),
+        lambda rank=3, **kw: sumo_optax.scale_by_mofasgd(rank, **kw),
+    ),
 }
 
 

@@ -95,3 +95,22 @@ def sumo_step(
         M = (Q_new.T @ Q) @ M
         Q = Q_new
     return D, (Q, M, last)
+
+
+def mofasgd_step(G, state, *, momentum, inverse_limit, complement, consistent_rms):
+    """Forms the whole m x n target and takes its SVD. The state is (U, s, V)."""
+    m, n = G.shape
+    U, s, V = state
+    r = len(s)
+    if np.any(s):
+        PU, PV = U @ U.T, V @ V.T
+        target = PU @ G + G @ PV - PU @ G @ PV + momentum * (U * s) @ V.T
+    else:
+        target = G
+    U, s, Vt = np.linalg.svd(target, full_matrices=False)
+    U, s, V = U[:, :r], s[:r], Vt[:r].T
+    d = np.ones(r) if inverse_limit is None else np.minimum(1 / s, inverse_limit)
+    d = np.where(s > 4 * EPS32 * s[0], d, 0)
+    outside = (np.eye(m) - U @ U.T) @ G @ (np.eye(n) - V @ V.T)
+    scale = 1.0 if consistent_rms is None else consistent_rms * np.sqrt(max(m, n))
+    return scale * (U * d) @ V.T + complement * outside, (U, s, V)
