@@ -36,6 +36,13 @@ def _at_most_one(x: jax.Array) -> jax.Array:
     return x / jnp.maximum(jnp.linalg.norm(x), 1)
 
 
+def frobenius_norm(x: jax.Array, *, scale: jax.Array) -> jax.Array:
+    """||x||, safe against overflow of the squares where `scale` has entries of its size."""
+    largest = jnp.max(jnp.abs(scale))
+    largest = jnp.where(largest > 0, largest, 1)
+    return largest * jnp.linalg.norm(x / largest)
+
+
 def column_norms(x: jax.Array) -> jax.Array:
     """Euclidean norms of the columns, safe against overflow of the squares."""
     largest = jnp.max(jnp.abs(x), axis=-2)

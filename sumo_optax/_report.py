@@ -11,9 +11,10 @@ import optax
 
 from sumo_optax._axes import Path, PyTree, is_open, named_leaves, path_string
 from sumo_optax._mofasgd import MofasgdState
+from sumo_optax._online_subspace_descent import SubspaceState
 from sumo_optax._sumo import SumoState, sumo
 
-_LOW_RANK_STATES = (SumoState, MofasgdState)
+_LOW_RANK_STATES = (SumoState, SubspaceState, MofasgdState)
 
 
 class LeafReport(NamedTuple):
@@ -23,9 +24,9 @@ class LeafReport(NamedTuple):
     shape: tuple[int, ...]
     role: str  # "matrix", "fallback" or "open" (see `describe`); "-" where there is no difference
     batch: tuple[int, ...]  # matrices held side by side, for layers or experts
-    m: int | None  # the longer side, where the basis sits
+    m: int | None  # the longer side
     n: int | None
-    side: str  # "in" or "out": which of the leaf's axes form the longer side
+    side: str  # "in" or "out": which of the leaf's axes the basis is on
     rank: int | None
     state_bytes: int
     adamw_bytes: int
@@ -155,10 +156,11 @@ def _leaf_report(path: Path, x: Any, bases: dict[Path, Any] | None, held: int) -
     if bases is None or path not in bases:
         role = "-" if bases is None else "open" if is_open(path, shape) else "fallback"
         return LeafReport(path_string(path), shape, role, (), None, None, "", None, held, adamw)
-    *batch, m, r = bases[path]
-    n = math.prod(shape) // (math.prod(batch) * m)
+    *batch, p, r = bases[path]
+    q = math.prod(shape) // (math.prod(batch) * p)
+    m, n = max(p, q), min(p, q)
     inputs = [math.prod(shape[len(batch) : i]) for i in range(len(batch) + 1, len(shape))]
-    side = "in" if m in inputs else "out"
+    side = "in" if p in inputs else "out"
     return LeafReport(path_string(path), shape, "matrix", tuple(batch), m, n, side, r, held, adamw)
 
 

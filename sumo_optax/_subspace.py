@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from sumo_optax._linalg import (
+    frobenius_norm,
     left_singular_vectors,
     orthonormal_columns,
     unit_scale,
@@ -77,3 +78,20 @@ def _randomized_svd(G: jax.Array, r: int, key: jax.Array) -> jax.Array:
 def transport(Q_new: jax.Array, Q_old: jax.Array, M: jax.Array) -> jax.Array:
     """The moment M (r x n) in the new basis: (Q_newᵀ Q_old) M."""
     return (Q_new.T @ Q_old) @ M
+
+
+def online_pca_gradient(
+    G: jax.Array, P: jax.Array, G_hat: jax.Array, penalty: jax.typing.ArrayLike
+) -> jax.Array:
+    """The gradient in P (m x r) of ||PPᵀg - g||² + penalty ||PᵀP - I||², g = G / ||G||, Ĝ = PᵀG.
+
+    With X = gᵀP and S = PᵀP it is 2 (g X (S - 2I) + P XᵀX) + 4 penalty P (S - I): one product
+    with G.
+    """
+    norm = frobenius_norm(G, scale=G_hat)
+    norm = jnp.where(norm > 0, norm, 1)
+    X = (G_hat / norm).T
+    S = P.T @ P
+    I = jnp.eye(S.shape[0], dtype=S.dtype)
+    gX = (G @ X) / norm
+    return 2 * (gX @ (S - 2 * I) + P @ (X.T @ X)) + 4 * penalty * P @ (S - I)

@@ -23,6 +23,24 @@ TABLE = {
             rank, basis="randomized_svd", refresh_every=4, residual="gradient", **kw
         ),
     ),
+    "online_subspace_descent": (
+        lambda learning_rate=1e-2, rank=3, momentum=0.9, **kw: sumo_optax.online_subspace_descent(
+            learning_rate, rank, inner=optax.scale_by_adam(momentum), **kw
+        ),
+        lambda rank=3, **kw: sumo_optax.scale_by_online_subspace_descent(rank, **kw),
+    ),
+    "galore": (
+        lambda learning_rate=1e-2, rank=3, momentum=0.9, weight_decay=0.0, **kw: optax.chain(
+            sumo_optax.scale_in_subspace(
+                optax.scale_by_adam(momentum), rank, refresh_every=4, transport=True, **kw
+            ),
+            optax.add_decayed_weights(weight_decay),
+            optax.scale_by_learning_rate(learning_rate),
+        ),
+        lambda rank=3, **kw: sumo_optax.scale_in_subspace(
+            optax.scale_by_adam(), rank, refresh_every=4, transport=True, **kw
+        ),
+    ),
     "mofasgd": (
         lambda learning_rate=1e-2, rank=3, **kw: sumo_optax.mofasgd(learning_rate, rank, **kw),
         lambda rank=3, **kw: sumo_optax.scale_by_mofasgd(rank, **kw),

@@ -1,0 +1,401 @@
+"""Online Subspace Descent, arXiv 2408.12857; and any optax transformation run in a subspace.
+
+Where this differs from the paper and the authors' code:
+1. The basis starts as the dominant subspace of the first gradient, which the paper leaves open; it
+   takes no step then.
+2. A gradient of zero has no direction for the basis to follow: nothing moves then, and the states
+   of both optimizers are left as they were.
+3. The orthogonality penalty is the paper's 0.1; the authors' code leaves the term out (0).
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from sumo_optax import _check, _subspace
+from sumo_optax._axes import WeightDimensionNumbers, path_names
+from sumo_optax._matrix import PyTree, Rule, descend, lift
+
+SubspaceBasis = Literal["randomized_svd", "svd", "random", "online_pca"]
+Side = Literal["long", "short"]
+
+# Names that optax gives to running means of gradients, and of their squares.
+_FIRST_MOMENTS = {"mu", "trace"}
+_SECOND_MOMENTS = {"nu", "v"}
+
+
+class SubspaceState(NamedTuple):
+    """State of `scale_in_subspace` and `scale_by_online_subspace_descent`.
+
+    Basis and states are trees like the parameters, with a `MaskedNode` for every leaf that is no
+    matrix. They are float32 (float64 for float64 parameters) unless `state_dtype` is given.
+    """
+
+    count: jax.Array  # shape (), int32
+    basis: PyTree  # P, shape (*batch, p, r), p the side that is projected
+    projector: PyTree  # state of the optimizer of P, with arrays like P; () where there is none
+    inner: PyTree  # state of the inner optimizer, with arrays like PᵀG, shape (*batch, r, q)
+    fallback: PyTree  # state of the fallback, which sees a `MaskedNode` for every matrix
+    skipped: jax.Array  # updates of a matrix or leaf skipped so far, shape (), int32
+
+
+class _OnlinePCA(NamedTuple):
+    """How online PCA moves a basis."""
+
+    optimizer: optax.GradientTransformation
+    learning_rate: optax.ScalarOrSchedule
+    penalty: jax.typing.ArrayLike
+
+
+def scale_in_subspace(
+    inner: optax.GradientTransformation,
+    rank: int = 128,
+    *,
+    basis: SubspaceBasis = "randomized_svd",
+    refresh_every: int = 200,
+    side: Side = "long",
+    transport: bool = False,
+    scale: jax.typing.ArrayLike = 1.0,
+    weight_dimension_numbers: WeightDimensionNumbers | None = None,
+    fallback: optax.GradientTransformation | None = None,
+    skip_nonfinite: bool = True,
+    state_dtype: jax.typing.DTypeLike | None = None,
+    seed: jax.typing.ArrayLike = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Any optax transformation, run on gradients projected on a subspace.
+
+    For one matrix with gradient :math:`G` and basis :math:`P` (orthonormal columns):
+
+    .. math:: \hat G = P^\top G, \qquad \Delta = \mathrm{inner}(\hat G), \qquad D = a P \Delta
+
+    With Adam and the basis ``"svd"`` this is GaLore, and agrees with ``optax.contrib.galore``.
+
+    Args:
+      inner: the transformation. Each matrix has its own state of it. It must not read parameters:
+        it is given zeros of the shape of :math:`\hat G` for them.
+      rank: r, at least 1; a matrix whose short side is smaller has that side as its rank.
+      basis: ``"randomized_svd"`` and ``"svd"``: the dominant subspace of the gradient, every
+        `refresh_every` steps. ``"random"``: a random one. ``"online_pca"``: that of
+        :func:`scale_by_online_subspace_descent`, which moves at every step.
+      refresh_every: steps between two moves of the basis, at least 1.
+      side: which side of the matrix is projected. ``"long"`` holds least; GaLore's paper and
+        Online Subspace Descent project the ``"short"`` one.
+      transport: whether arrays of the inner state that are means of gradients (optax names them
+        ``mu`` and ``trace``) are carried into a new basis, :math:`T = P_{new}^\top P_{old}`, as
+        :math:`T \mu`. Means of squares (``nu``, ``v``), such as Adam's second moment, cannot be
+        carried exactly: they become :math:`(T \circ T) \nu`, which is right if the coordinates
+        were uncorrelated, and never negative. Without transport both stay as they are, as in
+        GaLore. Not with ``"online_pca"``, whose basis moves little in a step.
+      scale: a > 0, GaLore's scale factor.
+      weight_dimension_numbers, fallback, skip_nonfinite, state_dtype, seed: those of
+        :func:`scale_by_sumo`.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs`` with state :class:`SubspaceState`.
+
+    Raises:
+      ValueError, TypeError: an argument is not as above; at init, a spec does not fit its leaf.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, sumo_optax
+      >>> galore = optax.chain(
+      ...     sumo_optax.scale_in_subspace(optax.scale_by_adam(), rank=4, basis="svd", scale=0.25),
+      ...     optax.scale_by_learning_rate(1e-2),
+      ... )
+      >>> params = {"dense": {"kernel": jnp.ones((16, 8)), "bias": jnp.ones(8)}}
+      >>> state = galore.init(params)
+      >>> updates, state = galore.update(params, state, params)
+
+    References:
+      GaLore, `arXiv 2403.03507 <https://arxiv.org/abs/2403.03507>`_, Algorithm 2.
+    """
+    _check.choice("basis", basis, get_args(SubspaceBasis))
+    online = basis == "online_pca"
+    if online and transport:
+        raise ValueError("transport must be False with basis='online_pca', got True")
+    return _in_subspace(
+        inner,
+        rank,
+        basis="randomized_svd" if online else basis,
+        online_pca=_OnlinePCA(optax.scale_by_adam(), 0.005, 0.1) if online else None,
+        refresh_every=refresh_every,
+        side=side,
+        transport=transport,
+        scale=scale,
+        weight_dimension_numbers=weight_dimension_numbers,
+        fallback=fallback,
+        skip_nonfinite=skip_nonfinite,
+        state_dtype=state_dtype,
+        seed=seed,
+    )
+
+
+def scale_by_online_subspace_descent(
+    rank: int = 128,
+    *,
+    inner: optax.GradientTransformation | None = None,
+    projector: optax.GradientTransformation | None = None,
+    projector_learning_rate: optax.ScalarOrSchedule = 0.005,
+    orthogonality: jax.typing.ArrayLike = 0.1,
+    side: Side = "short",
+    scale: jax.typing.ArrayLike = 1.0,
+    weight_dimension_numbers: WeightDimensionNumbers | None = None,
+    fallback: optax.GradientTransformation | None = None,
+    skip_nonfinite: bool = True,
+    state_dtype: jax.typing.DTypeLike | None = None,
+    seed: jax.typing.ArrayLike = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Online Subspace Descent, as a transformation of gradients.
+
+    For one matrix with gradient :math:`G` and projector :math:`P`, with :math:`g = G / \|G\|_F`:
+
+    .. math::
+      \begin{aligned}
+      \Delta &= \mathrm{inner}(P^\top G), \qquad D = a P \Delta \\
+      L(P) &= \| P P^\top g - g \|^2 + \rho \, \| P^\top P - I \|^2 \\
+      P &\leftarrow P - \eta_P \, \mathrm{projector}(\nabla L)
+      \end{aligned}
+
+    P starts as the dominant subspace of the first gradient and is not made orthonormal again; the
+    penalty keeps it near. Its gradient is had in closed form, for one more product with G. With
+    Adam for both, r (3 m + 2 n) numbers are held for a matrix whose long side is m.
+
+    Args:
+      rank: r, at least 1; a matrix whose short side is smaller has that side as its rank.
+      inner: the transformation of projected gradients, by default ``optax.scale_by_adam()``; see
+        :func:`scale_in_subspace`.
+      projector: the transformation of P's gradient, by default ``optax.scale_by_adam()``;
+        ``optax.identity()`` is gradient descent and holds nothing.
+      projector_learning_rate: :math:`\eta_P` >= 0, or a schedule of it.
+      orthogonality: :math:`\rho` >= 0. 0.1 is the paper's, 0 its authors' code.
+      side: which side of the matrix is projected, ``"short"`` or ``"long"``.
+      scale: a > 0.
+      weight_dimension_numbers, fallback, skip_nonfinite, state_dtype, seed: those of
+        :func:`scale_by_sumo`.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs`` with state :class:`SubspaceState`.
+
+    Raises:
+      ValueError, TypeError: an argument is not as above; at init, a spec does not fit its leaf.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, sumo_optax
+      >>> tx = optax.chain(
+      ...     sumo_optax.scale_by_online_subspace_descent(4, inner=optax.scale_by_lion()),
+      ...     optax.scale_by_learning_rate(1e-2),
+      ... )
+      >>> params = {"dense": {"kernel": jnp.ones((16, 8)), "bias": jnp.ones(8)}}
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update(params, state, params)
+
+    References:
+      `arXiv 2408.12857 <https://arxiv.org/abs/2408.12857>`_, Algorithm 1 and section 4.
+    """
+    if not callable(projector_learning_rate):
+        _check.number("projector_learning_rate", projector_learning_rate, least=0)
+    _check.number("orthogonality", orthogonality, least=0)
+    projector = optax.scale_by_adam() if projector is None else projector
+    return _in_subspace(
+        optax.scale_by_adam() if inner is None else inner,
+        rank,
+        basis="randomized_svd",
+        online_pca=_OnlinePCA(projector, projector_learning_rate, orthogonality),
+        refresh_every=1,
+        side=side,
+        transport=False,
+        scale=scale,
+        weight_dimension_numbers=weight_dimension_numbers,
+        fallback=fallback,
+        skip_nonfinite=skip_nonfinite,
+        state_dtype=state_dtype,
+        seed=seed,
+    )
+
+
+def _in_subspace(
+    inner: optax.GradientTransformation,
+    rank: int,
+    *,
+    basis: _subspace.Basis,
+    online_pca: _OnlinePCA | None,
+    refresh_every: int,
+    side: Side,
+    transport: bool,
+    scale: jax.typing.ArrayLike,
+    **lifted: Any,
+) -> optax.GradientTransformationExtraArgs:
+    rank = _check.integer("rank", rank, least=1)
+    refresh_every = _check.integer("refresh_every", refresh_every, least=1)
+    _check.choice("side", side, get_args(Side))
+    _check.number("scale", scale, above=0)
+
+    def init(m, n, dtype, key):
+        r = min(rank, n)
+        p, q = (m, n) if side == "long" else (n, m)
+        P = jnp.zeros((p, r), dtype)
+        projector = () if online_pca is None else online_pca.optimizer.init(P)
+        return P, projector, inner.init(jnp.zeros((r, q), dtype))
+
+    def due(t, state):
+        P, _, _ = state
+        return ~jnp.any(P) if online_pca else _subspace.is_due(t, P, refresh_every)
+
+    def step(G, state, t, due, key):
+        P, projector_state, inner_state = state
+        if side == "short":
+            G = G.T
+
+        def refresh():
+            P_new = _subspace.refresh(G, P, key, basis)
+            if online_pca:
+                return jnp.where(jnp.any(P), P, P_new), inner_state
+            return P_new, _transported(inner_state, P_new, P) if transport else inner_state
+
+        begins = ~jnp.any(P)
+        P, inner_state = jax.lax.cond(due, refresh, lambda: (P, inner_state))
+
+        G_hat = P.T @ G
+        delta, inner_new = inner.update(G_hat, inner_state, jnp.zeros_like(G_hat))
+        if online_pca is None:
+            inner_state = inner_new
+        else:
+            moves = jnp.any(G)
+            delta, inner_state = jax.tree.map(
+                lambda x, y: jnp.where(moves, x, y),
+                (delta, inner_new),
+                (jnp.zeros_like(delta), inner_state),
+            )
+        D = scale * (P @ delta)
+
+        if online_pca:
+            gradient = _subspace.online_pca_gradient(G, P, G_hat, online_pca.penalty)
+            direction, new = online_pca.optimizer.update(gradient, projector_state, P)
+            rate = online_pca.learning_rate
+            P_new = P - (rate(t) if callable(rate) else rate) * direction
+            P, projector_state = jax.tree.map(
+                lambda x, y: jnp.where(moves & ~begins, x, y), (P_new, new), (P, projector_state)
+            )
+        return (D.T if side == "short" else D), (P, projector_state, inner_state)
+
+    return lift(Rule(init, due, step), SubspaceState, **lifted)
+
+
+def _transported(inner_state: PyTree, P_new: jax.Array, P_old: jax.Array) -> PyTree:
+    """The inner state in a new basis, as far as that can be had; see `scale_in_subspace`."""
+    T = P_new.T @ P_old
+
+    def carry(path, x):
+        name = path_names(path)[-1] if path else ""
+        if x.ndim != 2 or x.shape[0] != T.shape[1]:
+            return x
+        return T @ x if name in _FIRST_MOMENTS else T**2 @ x if name in _SECOND_MOMENTS else x
+
+    return jax.tree_util.tree_map_with_path(carry, inner_state)
+
+
+def online_subspace_descent(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int = 128,
+    *,
+    inner: optax.GradientTransformation | None = None,
+    projector: optax.GradientTransformation | None = None,
+    projector_learning_rate: optax.ScalarOrSchedule = 0.005,
+    orthogonality: jax.typing.ArrayLike = 0.1,
+    side: Side = "short",
+    scale: jax.typing.ArrayLike = 1.0,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    weight_decay_mask: Any = None,
+    weight_dimension_numbers: WeightDimensionNumbers | None = None,
+    adam_b1: jax.typing.ArrayLike = 0.9,
+    adam_b2: jax.typing.ArrayLike = 0.999,
+    adam_eps: jax.typing.ArrayLike = 1e-8,
+    adam_weight_decay: jax.typing.ArrayLike = 0.0,
+    adam_learning_rate: optax.ScalarOrSchedule | None = None,
+    skip_nonfinite: bool = True,
+    state_dtype: jax.typing.DTypeLike | None = None,
+    seed: jax.typing.ArrayLike = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Online Subspace Descent for matrices and AdamW for all other leaves: a whole optimizer.
+
+    .. math:: W \leftarrow W - \eta \, (D + \lambda W)
+
+    with D of :func:`scale_by_online_subspace_descent`, learning rate :math:`\eta` and weight decay
+    :math:`\lambda`.
+
+    Args:
+      learning_rate: a number or an optax schedule.
+      rank, inner, projector, orthogonality, side, scale, weight_dimension_numbers, skip_nonfinite,
+        state_dtype, seed: those of :func:`scale_by_online_subspace_descent`.
+      projector_learning_rate: a schedule, or a number >= 0; where `learning_rate` is a schedule
+        the number is that at its peak, and has its shape. The peak is looked for up to step 10
+        million.
+      weight_decay, weight_decay_mask, adam_b1, adam_b2, adam_eps, adam_weight_decay,
+        adam_learning_rate: those of :func:`sumo`.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs``. Its ``update`` needs the parameters.
+
+    Raises:
+      ValueError, TypeError: as :func:`scale_by_online_subspace_descent`.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, sumo_optax
+      >>> params = {"dense": {"kernel": jnp.ones((16, 8)), "bias": jnp.ones(8)}}
+      >>> tx = sumo_optax.online_subspace_descent(0.1, rank=4)
+      >>> state = tx.init(params)
+      >>> loss = lambda p: jnp.sum(p["dense"]["kernel"] ** 2) + jnp.sum(p["dense"]["bias"] ** 2)
+      >>> for _ in range(10):
+      ...     updates, state = tx.update(jax.grad(loss)(params), state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> bool(loss(params) < 136)
+      True
+
+    References:
+      `arXiv 2408.12857 <https://arxiv.org/abs/2408.12857>`_, Algorithm 1.
+    """
+    if callable(learning_rate) and not callable(projector_learning_rate):
+        _check.number("projector_learning_rate", projector_learning_rate, least=0)
+        projector_learning_rate = _with_shape_of(learning_rate, projector_learning_rate)
+    return optax.chain(
+        scale_by_online_subspace_descent(
+            rank,
+            inner=inner,
+            projector=projector,
+            projector_learning_rate=projector_learning_rate,
+            orthogonality=orthogonality,
+            side=side,
+            scale=scale,
+            weight_dimension_numbers=weight_dimension_numbers,
+            fallback=optax.scale_by_adam(adam_b1, adam_b2, adam_eps),
+            skip_nonfinite=skip_nonfinite,
+            state_dtype=state_dtype,
+            seed=seed,
+        ),
+        descend(
+            learning_rate,
+            weight_decay,
+            weight_decay_mask,
+            adam_learning_rate,
+            adam_weight_decay,
+            weight_dimension_numbers,
+        ),
+    )
+
+
+def _with_shape_of(
+    schedule: Callable[[Any], Any], peak: jax.typing.ArrayLike
+) -> Callable[[jax.Array], jax.Array]:
+    """`schedule`, scaled so that its largest value, looked for at steps 1 % apart, is `peak`."""
+    steps = np.unique(np.geomspace(1, 1e7, 1600).astype(np.int32)) - 1
+
+    def scaled(t):
+        with jax.ensure_compile_time_eval():
+            largest = jnp.max(jax.vmap(schedule)(jnp.asarray(steps)))
+        return peak * schedule(t) / jnp.where(largest > 0, largest, 1)
+
+    return scaled
