@@ -103,8 +103,7 @@ def lift(
             view = matrix_view(jnp.shape(leaf), spec)
             dtype = jnp.promote_types(leaf.dtype, jnp.float32)
             one = rule.init(view.m, view.n, dtype, key_of(path, t))
-            one = _cast(one, dtype if state_dtype is None else state_dtype)
-            states.append(jax.tree.map(lambda x: jnp.broadcast_to(x, view.batch + x.shape), one))
+            states.append(_stacked(one, view.batch, dtype if state_dtype is None else state_dtype))
         fields = _transpose(treedef, specs, states, _structure(rule))
         others = fallback.init(_without_matrices(treedef, leaves, specs))
         return state_type(t, *fields, others, jnp.zeros([], jnp.int32))
@@ -161,6 +160,10 @@ def _structure(rule: Rule) -> Any:
     return jax.tree.structure(
         jax.eval_shape(lambda: rule.init(1, 1, jnp.float32, jax.random.key(0)))
     )
+
+
+def _stacked(tree: PyTree, batch: tuple[int, ...], dtype: Any) -> PyTree:
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, batch + x.shape), _cast(tree, dtype))
 
 
 def _cast(tree: PyTree, dtype: Any) -> PyTree:

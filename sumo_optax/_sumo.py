@@ -265,7 +265,8 @@ def sumo(
     Args:
       learning_rate: a number or an optax schedule.
       rank, refresh_every, momentum, nesterov, residual, norm_growth_limit, consistent_rms, polar,
-        basis, weight_dimension_numbers, skip_nonfinite, state_dtype, seed: those of :func:`scale_by_sumo`.
+        basis, weight_dimension_numbers, skip_nonfinite, state_dtype, seed: those of
+        :func:`scale_by_sumo`.
       weight_decay: decoupled decay of matrices, times the learning rate.
       weight_decay_mask: tree of booleans like the parameters or a prefix of it, or a function from
         parameters to one: which leaves decay at all.

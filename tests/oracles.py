@@ -114,3 +114,46 @@ def mofasgd_step(G, state, *, momentum, inverse_limit, complement, consistent_rm
     outside = (np.eye(m) - U @ U.T) @ G @ (np.eye(n) - V @ V.T)
     scale = 1.0 if consistent_rms is None else consistent_rms * np.sqrt(max(m, n))
     return scale * (U * d) @ V.T + complement * outside, (U, s, V)
+
+
+class Sgd:
+    def __call__(self, G):
+        return G
+
+
+class Adam:
+    """optax.scale_by_adam with its defaults."""
+
+    def __init__(self):
+        self.t, self.mu, self.nu = 0, 0.0, 0.0
+
+    def __call__(self, G):
+        self.t += 1
+        self.mu = 0.9 * self.mu + 0.1 * G
+        self.nu = 0.999 * self.nu + 0.001 * G**2
+        return (self.mu / (1 - 0.9**self.t)) / (np.sqrt(self.nu / (1 - 0.999**self.t)) + 1e-8)
+
+
+class Lion:
+    """optax.scale_by_lion with its defaults."""
+
+    def __init__(self):
+        self.mu = 0.0
+
+    def __call__(self, G):
+        direction = np.sign(0.9 * self.mu + 0.1 * G)
+        self.mu = 0.99 * self.mu + 0.01 * G
+        return direction
+
+
+def online_subspace_descent_step(
+    G, P, inner, projector, *, first, projector_learning_rate, rho, scale
+):
+    """G has the projected side first. The gradient of L, term by term by the chain rule."""
+    D = scale * P @ inner(P.T @ G)
+    if not first:
+        g = G / np.linalg.norm(G)
+        E = P @ P.T @ g - g  # L = ||E||² + rho ||PᵀP - I||²
+        gradient = 2 * (E @ g.T + g @ E.T) @ P + 4 * rho * P @ (P.T @ P - np.eye(P.shape[1]))
+        P = P - projector_learning_rate * projector(gradient)
+    return D, P
