@@ -112,25 +112,22 @@ def lift(
         leaves, treedef = jax.tree.flatten(updates)
         specs = resolve(weight_dimension_numbers, updates)
         structure = _structure(rule)
-        t, skipped = state.count, state.skipped
+        t = state.count
         fields = structure.flatten_up_to(tuple(state[1:-2]))
         columns = [treedef.flatten_up_to(field) for field in fields]
         without_matrices = lambda tree: _without_matrices(
             treedef, treedef.flatten_up_to(tree), specs
         )
         grads = without_matrices(updates)
-        if skip_nonfinite:
-            good = jax.tree.map(lambda g: jnp.all(jnp.isfinite(g)), grads)
-            grads = jax.tree.map(lambda g, ok: jnp.where(ok, g, 0), grads, good)
-            skipped += sum(~ok for ok in jax.tree.leaves(good))
+        finite = jax.tree.map(lambda g: jnp.all(jnp.isfinite(g)) | (not skip_nonfinite), grads)
         others, fallback_state = fallback.update(
-            grads,
+            jax.tree.map(_or_zero, finite, grads),
             state.fallback,
             None if params is None else without_matrices(params),
             **extra_args,
         )
-        if skip_nonfinite:
-            others = jax.tree.map(lambda u, ok: jnp.where(ok, u, 0), others, good)
+        others = jax.tree.map(_or_zero, finite, others)
+        skipped = state.skipped + sum(~ok for ok in jax.tree.leaves(finite))
 
         outputs, states = treedef.flatten_up_to(others), []
         for i, (path, G, spec) in enumerate(zip(named_leaves(updates), leaves, specs, strict=True)):
@@ -144,7 +141,7 @@ def lift(
             )
             new = jax.tree.map(lambda x, o: x.astype(o.dtype), new, old)
             if skip_nonfinite:
-                D, new = _where(good, (D, new), (jnp.zeros_like(D), old))
+                D, new = _or_zero(good, D), _where(good, new, old)
                 skipped += jnp.sum(~good)
             outputs[i] = view.to_leaf(D).astype(G.dtype)
             states.append(new)
@@ -197,6 +194,10 @@ def _where(good: jax.Array, a: PyTree, b: PyTree) -> PyTree:
     """`a` for good matrices, `b` for others."""
     pick = lambda x, y: jnp.where(good.reshape(good.shape + (1,) * (x.ndim - good.ndim)), x, y)
     return jax.tree.map(pick, a, b)
+
+
+def _or_zero(good: jax.Array, x: jax.Array) -> jax.Array:
+    return _where(good, x, jnp.zeros_like(x))
 
 
 def _without_matrices(treedef, leaves, specs) -> PyTree:

@@ -8,7 +8,6 @@ Where this differs from the paper and the authors' code:
 3. The orthogonality penalty is the paper's 0.1; the authors' code leaves the term out (0).
 """
 
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -46,7 +45,7 @@ class SubspaceState(NamedTuple):
 class _OnlinePCA(NamedTuple):
     """How online PCA moves a basis."""
 
-    optimizer: optax.GradientTransformation
+    optimizer: Any  # a GradientTransformation of the one array P
     learning_rate: optax.ScalarOrSchedule
     penalty: jax.typing.ArrayLike
 
@@ -218,7 +217,7 @@ def scale_by_online_subspace_descent(
 
 
 def _in_subspace(
-    inner: optax.GradientTransformation,
+    inner: Any,  # a GradientTransformation of the one array PᵀG
     rank: int,
     *,
     basis: _subspace.Basis,
@@ -246,43 +245,46 @@ def _in_subspace(
         return ~jnp.any(P) if online_pca else _subspace.is_due(t, P, refresh_every)
 
     def step(G, state, t, due, key):
-        P, projector_state, inner_state = state
-        if side == "short":
-            G = G.T
+        if side == "long":
+            return projected_step(G, state, t, due, key)
+        D, state = projected_step(G.T, state, t, due, key)
+        return D.T, state
+
+    def projected_step(G, state, t, due, key):
+        P, projector, inner_state = state
+        begins = ~jnp.any(P)
 
         def refresh():
             P_new = _subspace.refresh(G, P, key, basis)
-            if online_pca:
-                return jnp.where(jnp.any(P), P, P_new), inner_state
+            if online_pca:  # the others of a batch go on
+                return jnp.where(begins, P_new, P), inner_state
             return P_new, _transported(inner_state, P_new, P) if transport else inner_state
 
-        begins = ~jnp.any(P)
         P, inner_state = jax.lax.cond(due, refresh, lambda: (P, inner_state))
 
         G_hat = P.T @ G
         delta, inner_new = inner.update(G_hat, inner_state, jnp.zeros_like(G_hat))
         if online_pca is None:
-            inner_state = inner_new
-        else:
-            moves = jnp.any(G)
-            delta, inner_state = jax.tree.map(
-                lambda x, y: jnp.where(moves, x, y),
-                (delta, inner_new),
-                (jnp.zeros_like(delta), inner_state),
-            )
-        D = scale * (P @ delta)
-
-        if online_pca:
-            gradient = _subspace.online_pca_gradient(G, P, G_hat, online_pca.penalty)
-            direction, new = online_pca.optimizer.update(gradient, projector_state, P)
-            rate = online_pca.learning_rate
-            P_new = P - (rate(t) if callable(rate) else rate) * direction
-            P, projector_state = jax.tree.map(
-                lambda x, y: jnp.where(moves & ~begins, x, y), (P_new, new), (P, projector_state)
-            )
-        return (D.T if side == "short" else D), (P, projector_state, inner_state)
+            return scale * (P @ delta), (P, projector, inner_new)
+        moves = jnp.any(G)
+        delta, inner_state = _where(moves, (delta, inner_new), (0 * G_hat, inner_state))
+        moved = _moved(online_pca, G, P, G_hat, projector, t)
+        P_new, projector = _where(moves & ~begins, moved, (P, projector))
+        return scale * (P @ delta), (P_new, projector, inner_state)
 
     return lift(Rule(init, due, step), SubspaceState, **lifted)
+
+
+def _moved(pca: _OnlinePCA, G, P, G_hat, state, t) -> tuple[jax.Array, PyTree]:
+    """A step of P down its loss, and the state of its optimizer."""
+    gradient = _subspace.online_pca_gradient(G, P, G_hat, pca.penalty)
+    direction, state = pca.optimizer.update(gradient, state, P)
+    rate = pca.learning_rate(t) if callable(pca.learning_rate) else pca.learning_rate
+    return P - rate * direction, state
+
+
+def _where(flag: jax.Array, a: PyTree, b: PyTree) -> PyTree:
+    return jax.tree.map(lambda x, y: jnp.where(flag, x, y), a, b)
 
 
 def _transported(inner_state: PyTree, P_new: jax.Array, P_old: jax.Array) -> PyTree:
@@ -358,15 +360,16 @@ def online_subspace_descent(
     References:
       `arXiv 2408.12857 <https://arxiv.org/abs/2408.12857>`_, Algorithm 1.
     """
+    projector_rate = projector_learning_rate
     if callable(learning_rate) and not callable(projector_learning_rate):
         _check.number("projector_learning_rate", projector_learning_rate, least=0)
-        projector_learning_rate = _with_shape_of(learning_rate, projector_learning_rate)
+        projector_rate = _with_shape_of(learning_rate, projector_learning_rate)
     return optax.chain(
         scale_by_online_subspace_descent(
             rank,
             inner=inner,
             projector=projector,
-            projector_learning_rate=projector_learning_rate,
+            projector_learning_rate=projector_rate,
             orthogonality=orthogonality,
             side=side,
             scale=scale,
@@ -387,9 +390,7 @@ def online_subspace_descent(
     )
 
 
-def _with_shape_of(
-    schedule: Callable[[Any], Any], peak: jax.typing.ArrayLike
-) -> Callable[[jax.Array], jax.Array]:
+def _with_shape_of(schedule: optax.Schedule, peak: jax.typing.ArrayLike) -> optax.Schedule:
     """`schedule`, scaled so that its largest value, looked for at steps 1 % apart, is `peak`."""
     steps = np.unique(np.geomspace(1, 1e7, 1600).astype(np.int32)) - 1
 
