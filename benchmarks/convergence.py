@@ -22,7 +22,11 @@ import record
 # The optimizers and the peaks of their learning rates.
 SWEEP = {
     "adamw": (1e-3, 2.5e-3, 5e-3, 1e-2),
+    "muon": (5e-3, 1e-2, 2e-2, 4e-2),
+    "galore": (5e-3, 1e-2, 2e-2, 4e-2),
     "sumo": (5e-3, 1e-2, 1.5e-2, 2.5e-2),
+    "online_subspace_descent": (5e-3, 1e-2, 2e-2, 4e-2),
+    "mofasgd": (5e-3, 1e-2, 1.5e-2, 2.5e-2),
 }
 QUICK = ["--steps", "4", "--width", "32", "--hidden", "32", "--layers", "1", "--length", "32"]
 

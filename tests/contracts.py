@@ -48,10 +48,18 @@ TABLE = {
 }
 
 
+# Other arguments of the same file: tested as slow ones, each having tests of its own besides.
+VARIANTS = ("sumo_periodic", "galore")
+
+
 def every(column):
     """The same arguments give the same object, so that tests share its compilations."""
-    makers = [functools.cache(row[column]) for row in TABLE.values()]
-    return pytest.mark.parametrize("make", makers, ids=TABLE)
+    marks = lambda name: [pytest.mark.slow] if name in VARIANTS else []
+    rows = [
+        pytest.param(functools.cache(row[column]), id=name, marks=marks(name))
+        for name, row in TABLE.items()
+    ]
+    return pytest.mark.parametrize("make", rows)
 
 
 every_optimizer, every_transformation = every(0), every(1)
