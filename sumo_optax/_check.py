@@ -32,12 +32,13 @@ def number(
     least: float | None = None,
     above: float | None = None,
     below: float | None = None,
+    most: float | None = None,
     optional: bool = False,
 ) -> None:
     """Checks what is known now: a traced value, or an array, is the caller's business."""
     if isinstance(value, jax.Array) or (optional and value is None):
         return
-    bounds = [(">=", least), (">", above), ("<", below)]
+    bounds = [(">=", least), (">", above), ("<", below), ("<=", most)]
     wanted = " and ".join(f"{sign} {bound}" for sign, bound in bounds if bound is not None)
     allowed = f"{name} must be a number {wanted}" + (", or None" if optional else "")
     try:
@@ -48,6 +49,7 @@ def number(
         (least is None or x >= least)
         and (above is None or x > above)
         and (below is None or x < below)
+        and (most is None or x <= most)
     )
     if not inside:
         raise ValueError(f"{allowed}, got {value}")

@@ -186,9 +186,3 @@ def svd(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     largest = jnp.max(jnp.abs(x))
     u, s, vt = jnp.linalg.svd(unit_scale(x), full_matrices=False)
     return u, s * largest, vt.T
-
-
-@_highest_precision
-def left_singular_vectors(x: jax.Array) -> jax.Array:
-    """U (r x r) of a wide x (r x n) = U S Vᵀ, through its r x r triangular factor."""
-    return jnp.linalg.svd(jnp.linalg.qr(x.T, mode="r").T)[0]

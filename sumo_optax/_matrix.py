@@ -58,8 +58,9 @@ class Rule(NamedTuple):
     """An optimizer for one matrix m x n, m >= n. Its state is a tuple of arrays or trees of arrays.
 
     init(m, n, dtype, key) -> state, a tree of one structure for all matrices
-    due(t, state) -> bool: whether `step` refreshes; any matrix of a batch makes all of them do so,
-      since under `vmap` a predicate of its own would turn `lax.cond` into doing both
+    due(t, state, place) -> bool: whether `step` refreshes; any matrix of a batch makes all of them
+      do so, since under `vmap` a predicate of its own would turn `lax.cond` into doing both; place,
+      from 0 to 1, is where the leaf stands among all
     step(G, state, t, due, key) -> D, state; key depends on the leaf and t alone
     """
 
@@ -130,15 +131,16 @@ def lift(
         skipped = state.skipped + sum(~ok for ok in jax.tree.leaves(finite))
 
         outputs, states = treedef.flatten_up_to(others), []
+        count = sum(spec is not None for spec in specs)
         for i, (path, G, spec) in enumerate(zip(named_leaves(updates), leaves, specs, strict=True)):
             if spec is None:
                 continue
             view = matrix_view(jnp.shape(G), spec)
             dtype = jnp.promote_types(G.dtype, jnp.float32)
             old = structure.unflatten(column[i] for column in columns)
-            D, new, good = _step_batch(
-                rule, view.to_matrices(G.astype(dtype)), _cast(old, dtype), t, key_of(path, t)
-            )
+            matrices, one = view.to_matrices(G.astype(dtype)), _cast(old, dtype)
+            place = len(states) / count
+            D, new, good = _step_batch(rule, matrices, one, t, place, key_of(path, t))
             new = jax.tree.map(lambda x, o: x.astype(o.dtype), new, old)
             if skip_nonfinite:
                 D, new = _or_zero(good, D), _where(good, new, old)
@@ -170,14 +172,14 @@ def _cast(tree: PyTree, dtype: Any) -> PyTree:
     )
 
 
-def _step_batch(rule: Rule, G: jax.Array, state, t, key):
+def _step_batch(rule: Rule, G: jax.Array, state, t, place: float, key):
     """A step of every matrix of a leaf; and of which the state after it is finite.
 
     A NaN or Inf anywhere in G makes it not so, since QᵀG and the like read all of G: a look at the
     small state is a look at G.
     """
     batch_axes = G.ndim - 2
-    due = lambda *state: rule.due(t, state)
+    due = lambda *state: rule.due(t, state, place)
 
     def step(G, *state):
         D, state = rule.step(G, state, t, any_due, key)

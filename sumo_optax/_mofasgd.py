@@ -111,7 +111,7 @@ def scale_by_mofasgd(
         r = min(rank, n)
         return jnp.zeros((m, r), dtype), jnp.zeros(r, dtype), jnp.zeros((n, r), dtype)
 
-    def due(t, state):
+    def due(t, state, place):
         _, s, _ = state
         return ~jnp.any(s)
 

@@ -56,6 +56,7 @@ def scale_in_subspace(
     *,
     basis: SubspaceBasis = "randomized_svd",
     refresh_every: int = 200,
+    stagger: bool = False,
     side: Side = "long",
     transport: bool = False,
     scale: jax.typing.ArrayLike = 1.0,
@@ -81,6 +82,7 @@ def scale_in_subspace(
         `refresh_every` steps. ``"random"``: a random one. ``"online_pca"``: that of
         :func:`scale_by_online_subspace_descent`, which moves at every step.
       refresh_every: steps between two moves of the basis, at least 1.
+      stagger: whether each leaf moves its basis at a step of its own, as in :func:`scale_by_sumo`.
       side: which side of the matrix is projected. ``"long"`` holds least; GaLore's paper and
         Online Subspace Descent project the ``"short"`` one.
       transport: whether arrays of the inner state that are means of gradients (optax names them
@@ -122,6 +124,7 @@ def scale_in_subspace(
         basis="randomized_svd" if online else basis,
         online_pca=_OnlinePCA(optax.scale_by_adam(), 0.005, 0.1) if online else None,
         refresh_every=refresh_every,
+        stagger=stagger,
         side=side,
         transport=transport,
         scale=scale,
@@ -205,6 +208,7 @@ def scale_by_online_subspace_descent(
         basis="randomized_svd",
         online_pca=_OnlinePCA(projector, projector_learning_rate, orthogonality),
         refresh_every=1,
+        stagger=False,
         side=side,
         transport=False,
         scale=scale,
@@ -223,6 +227,7 @@ def _in_subspace(
     basis: _subspace.Basis,
     online_pca: _OnlinePCA | None,
     refresh_every: int,
+    stagger: bool,
     side: Side,
     transport: bool,
     scale: jax.typing.ArrayLike,
@@ -240,9 +245,11 @@ def _in_subspace(
         projector = () if online_pca is None else online_pca.optimizer.init(P)
         return P, projector, inner.init(jnp.zeros((r, q), dtype))
 
-    def due(t, state):
+    def due(t, state, place):
         P, _, _ = state
-        return ~jnp.any(P) if online_pca else _subspace.is_due(t, P, refresh_every)
+        if online_pca:
+            return ~jnp.any(P)
+        return _subspace.is_due(t, P, refresh_every, place if stagger else 0)
 
     def step(G, state, t, due, key):
         if side == "long":

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 
 from sumo_optax._linalg import (
     frobenius_norm,
-    left_singular_vectors,
     orthonormal_columns,
     unit_scale,
     well_conditioned_columns,
@@ -16,9 +15,9 @@ from sumo_optax._linalg import (
 
 Basis = Literal["tracking", "randomized_svd", "svd", "random"]
 
-# Columns beyond r in a randomised refresh, and the power iterations that sharpen it.
-_OVERSAMPLING = 8
-_POWER_ITERATIONS = 1
+# Of a randomised refresh: iterations, two products each, and how much of its start is random.
+_ITERATIONS = 2
+_RANDOM_PART = 0.3
 
 
 def check_basis(basis: str) -> None:
@@ -37,16 +36,19 @@ def _random_basis(m: int, r: int, dtype: jnp.dtype, key: jax.Array) -> jax.Array
     return orthonormal_columns(Y, Y / m**0.5)
 
 
-def is_due(t: jax.Array, Q: jax.Array, refresh_every: jax.typing.ArrayLike) -> jax.Array:
-    """Every `refresh_every` steps, and for as long as no gradient has given a basis yet (Q = 0)."""
-    return (t % refresh_every == 0) | ~jnp.any(Q)
+def is_due(t: jax.Array, Q: jax.Array, refresh_every: int, place: float) -> jax.Array:
+    """Every `refresh_every` steps, and for as long as no gradient has given a basis yet (Q = 0).
+
+    A matrix at a `place` from 0 to 1 is due at that part of the interval.
+    """
+    return ((t - int(place * refresh_every)) % refresh_every == 0) | ~jnp.any(Q)
 
 
 def refresh(G: jax.Array, Q: jax.Array, key: jax.Array, basis: Basis) -> jax.Array:
     """A new basis (m x r) from the gradient G (m x n) and the old one, which a zero G leaves be."""
     m, r = Q.shape
     if basis == "randomized_svd":
-        Q_new = _randomized_svd(G, r, key)
+        Q_new = _subspace_iteration(G, Q, key)
     elif basis == "svd":
         Q_new = jnp.linalg.svd(unit_scale(G), full_matrices=False)[0][:, :r]
     else:
@@ -63,16 +65,24 @@ def track(G: jax.Array, Q: jax.Array, rows: jax.Array) -> jax.Array:
     return orthonormal_columns(G @ rows.T, completion=Q)
 
 
-def _randomized_svd(G: jax.Array, r: int, key: jax.Array) -> jax.Array:
-    """Halko, Martinsson and Tropp, arXiv 0909.4061, algorithms 4.4 and 5.1: the first r of U."""
-    m, n = G.shape
-    width = min(r + _OVERSAMPLING, n)
-    omega = jax.random.normal(key, (m, width), G.dtype) / m**0.5
-    Y = omega
-    for _ in range(1 + _POWER_ITERATIONS):
+def _subspace_iteration(G: jax.Array, Q: jax.Array, key: jax.Array) -> jax.Array:
+    """Warm, from the old basis and some of a random one; cold, Q = 0, from the random one alone.
+
+    Halko, Martinsson and Tropp, arXiv 0909.4061, algorithm 4.4, without oversampling: choosing r of
+    more columns costs an SVD, and another iteration captures as much.
+    """
+    omega = jax.random.normal(key, Q.shape, G.dtype) / Q.shape[0] ** 0.5
+    Y = Q + _RANDOM_PART * omega
+    for _ in range(_ITERATIONS):
         Y = G @ well_conditioned_columns(G.T @ Y)
-    Q = orthonormal_columns(Y, completion=omega)
-    return Q @ left_singular_vectors(unit_scale(Q.T @ G))[:, :r]
+    return orthonormal_columns(Y, completion=omega)
+
+
+def captured_energy(G: jax.Array, G_hat: jax.Array) -> jax.Array:
+    """||Ĝ||² / ||G||², the part of the gradient in the subspace; 1 where there is no gradient."""
+    whole = frobenius_norm(G, scale=G_hat)
+    inside = frobenius_norm(G_hat, scale=G_hat)
+    return jnp.where(whole > 0, inside / jnp.where(whole > 0, whole, 1), 1) ** 2
 
 
 def transport(Q_new: jax.Array, Q_old: jax.Array, M: jax.Array) -> jax.Array:

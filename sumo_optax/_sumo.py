@@ -8,7 +8,9 @@ Where this differs from the paper, or fills in what it leaves open:
    compare it with.
 5. The basis may also follow the gradient step by step ("tracking"), without refresh steps: the next
    one is that of G Oᵀ, subspace iteration from the rows of the moment, whose basis is O.
-6. Where no gradient has given a basis yet, the next one does, whatever the interval.
+6. The subspace is stale where ||QᵀG||² <= ς ||G||², which does not depend on the gradient's scale;
+   the paper compares ||QᵀG|| with a number. It is seen one step late: QᵀG is not had twice.
+7. Where no gradient has given a basis yet, the next one does, whatever the interval.
 """
 
 from typing import Any, Literal, NamedTuple, get_args
@@ -36,6 +38,7 @@ class SumoState(NamedTuple):
     basis: PyTree  # Q, shape (*batch, m, r), m the longer side
     moment: PyTree  # M, shape (*batch, r, n), n the shorter side
     update_norm: PyTree  # of what `norm_growth_limit` limits, shape (*batch,)
+    captured: PyTree  # ||QᵀG||² / ||G||² of the last G; 1 without `refresh_below`; shape (*batch,)
     fallback: PyTree  # state of the fallback, which sees a `MaskedNode` for every matrix
     skipped: jax.Array  # updates of a matrix or leaf skipped so far, shape (), int32
 
@@ -44,6 +47,8 @@ def scale_by_sumo(
     rank: int = 128,
     *,
     refresh_every: int | None = None,
+    stagger: bool = False,
+    refresh_below: float | None = None,
     momentum: jax.typing.ArrayLike = 0.9,
     nesterov: bool = True,
     residual: Residual = "scaled",
@@ -71,12 +76,16 @@ def scale_by_sumo(
       \end{aligned}
 
     Now and then the basis moves, :math:`Q \leftarrow Q'`, and the moment is carried along,
-    :math:`M \leftarrow Q'^\top Q M`. The state is (m + n) r + 1 numbers a matrix.
+    :math:`M \leftarrow Q'^\top Q M`. The state is (m + n) r + 2 numbers a matrix.
 
     Args:
       rank: r, at least 1; a matrix whose short side is smaller has that side as its rank.
       refresh_every: steps between two moves of the basis, at least 1. By default 1 with
         ``basis="tracking"``, else 200.
+      stagger: whether each leaf moves its basis at a step of its own, evenly over the interval, so
+        that after the first step no step carries them all.
+      refresh_below: :math:`\varsigma` in [0, 1]: the basis also moves at the step after one with
+        :math:`\|Q^\top G\|^2 \le \varsigma \|G\|^2`. In a stack, one such matrix moves all.
       momentum: :math:`\mu`, in [0, 1).
       nesterov: whether the step looks one gradient ahead.
       residual: what is added for the part of the gradient outside the subspace,
@@ -134,7 +143,8 @@ def scale_by_sumo(
     rank = _check.integer("rank", rank, least=1)
     if refresh_every is None:
         refresh_every = 1 if basis == "tracking" else 200
-    _check.integer("refresh_every", refresh_every, least=1)
+    refresh_every = _check.integer("refresh_every", refresh_every, least=1)
+    _check.number("refresh_below", refresh_below, least=0, most=1, optional=True)
     _check.number("momentum", momentum, least=0, below=1)
     _check.number("norm_growth_limit", norm_growth_limit, above=0, optional=True)
     _check.number("consistent_rms", consistent_rms, above=0, optional=True)
@@ -145,14 +155,15 @@ def scale_by_sumo(
     def init(m, n, dtype, key):
         r = min(rank, n)
         Q = _subspace.start(m, r, dtype, key, basis)
-        return Q, jnp.zeros((r, n), dtype), jnp.zeros((), dtype)
+        return Q, jnp.zeros((r, n), dtype), jnp.zeros((), dtype), jnp.ones((), dtype)
 
-    def due(t, state):
-        Q, _, _ = state
-        return _subspace.is_due(t, Q, refresh_every)
+    def due(t, state, place):
+        Q, _, _, captured = state
+        due = _subspace.is_due(t, Q, refresh_every, place if stagger else 0)
+        return due if refresh_below is None else due | (captured <= refresh_below)
 
     def step(G, state, t, due, key):
-        Q, M, update_norm = state
+        Q, M, update_norm, captured = state
 
         def moved(Q, M, new_basis):
             def move():
@@ -167,6 +178,8 @@ def scale_by_sumo(
 
         # Block 2: the moment, and its polar factor.
         G_hat = Q.T @ G
+        if refresh_below is not None:
+            captured = _subspace.captured_energy(G, G_hat)
         M = momentum * M + G_hat
         O = polar_factor(momentum * M + G_hat if nesterov else M, method=polar)
 
@@ -188,7 +201,7 @@ def scale_by_sumo(
         # Block 1 of the next step, from what this one has at hand.
         if basis == "tracking":
             Q, M = moved(Q, M, lambda: _subspace.track(G, Q, O))
-        return D, (Q, M, update_norm)
+        return D, (Q, M, update_norm, captured)
 
     return lift(
         Rule(init, due, step),
@@ -233,6 +246,8 @@ def sumo(
     rank: int = 128,
     *,
     refresh_every: int | None = None,
+    stagger: bool = False,
+    refresh_below: float | None = None,
     momentum: jax.typing.ArrayLike = 0.9,
     nesterov: bool = True,
     residual: Residual = "scaled",
@@ -264,9 +279,9 @@ def sumo(
 
     Args:
       learning_rate: a number or an optax schedule.
-      rank, refresh_every, momentum, nesterov, residual, norm_growth_limit, consistent_rms, polar,
-        basis, weight_dimension_numbers, skip_nonfinite, state_dtype, seed: those of
-        :func:`scale_by_sumo`.
+      rank, refresh_every, stagger, refresh_below, momentum, nesterov, residual, norm_growth_limit,
+        consistent_rms, polar, basis, weight_dimension_numbers, skip_nonfinite, state_dtype, seed:
+        those of :func:`scale_by_sumo`.
       weight_decay: decoupled decay of matrices, times the learning rate.
       weight_decay_mask: tree of booleans like the parameters or a prefix of it, or a function from
         parameters to one: which leaves decay at all.
@@ -299,6 +314,8 @@ def sumo(
         scale_by_sumo(
             rank,
             refresh_every=refresh_every,
+            stagger=stagger,
+            refresh_below=refresh_below,
             momentum=momentum,
             nesterov=nesterov,
             residual=residual,

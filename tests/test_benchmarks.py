@@ -40,6 +40,6 @@ def test_step_measures(tmp_path, monkeypatch):
     assert rows[0]["optimizer"] == "optax.adamw" and rows[0]["over_adamw"] == 1
     held = {row["optimizer"]: row["state_bytes"] for row in rows}
     m_plus_n = 4 * (16 + 16) + 3 * (16 + 24)
-    # Floats of basis and moment, and one more for each of the 7 matrices; and three counters.
-    assert held["sumo, rank 2"] == 4 * (2 * m_plus_n + 7) + 12
+    # Floats of basis and moment, and two more for each of the 7 matrices; and three counters.
+    assert held["sumo, rank 2"] == 4 * (2 * m_plus_n + 14) + 12
     assert "| sumo, rank 2 |" in out.getvalue()

@@ -111,11 +111,13 @@ def test_orthonormal_columns_are_that_and_span_the_input(rank, scale):
     assert np.linalg.norm(outside) <= 1000 * EPS32 * np.linalg.norm(Y)
 
 
-def test_left_singular_vectors():
-    X = with_condition((8, 40), 10)
-    U = np.asarray(_linalg.left_singular_vectors(jnp.asarray(X)), np.float64)
-    gram = U.T @ X @ X.T @ U
-    np.testing.assert_allclose(gram, np.diag(np.logspace(0, -1, 8) ** 2), atol=1e-5)
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_svd_of_any_scale(scale):
+    X = np.float32(scale) * with_condition((8, 40), 10).astype(np.float32)
+    U, s, V = (np.asarray(x, np.float64) for x in _linalg.svd(jnp.asarray(X)))
+    assert U.shape == (8, 8) and V.shape == (40, 8)
+    np.testing.assert_allclose((U * s) @ V.T, X, atol=1e-5 * scale)
+    np.testing.assert_allclose(s, scale * np.logspace(0, -1, 8), rtol=1e-5)
 
 
 def test_column_norms_do_not_overflow():

@@ -30,13 +30,13 @@ def test_bytes_are_those_of_the_real_state(tx):
     assert sumo_optax.describe(tx, PARAMS).state_bytes == held
 
 
-def test_matrices_hold_m_plus_n_times_r_numbers_and_one_more():
+def test_matrices_hold_m_plus_n_times_r_numbers_and_two_more():
     state = sumo_optax.scale_by_sumo(4).init(PARAMS)
     for layer in range(2):
-        arrays = [field["layers"][layer]["up"]["kernel"] for field in state[1:4]]
-        assert sum(x.size for x in arrays) == (16 + 40) * 4 + 1
-    arrays = [field["experts"]["kernel"] for field in state[1:4]]
-    assert sum(x.size for x in arrays) == 3 * ((16 + 40) * 4 + 1)
+        arrays = [field["layers"][layer]["up"]["kernel"] for field in state[1:5]]
+        assert sum(x.size for x in arrays) == (16 + 40) * 4 + 2
+    arrays = [field["experts"]["kernel"] for field in state[1:5]]
+    assert sum(x.size for x in arrays) == 3 * ((16 + 40) * 4 + 2)
 
 
 def test_report_as_data():
@@ -46,7 +46,7 @@ def test_report_as_data():
     assert (kernel.role, kernel.m, kernel.n, kernel.side, kernel.rank) == (
         "matrix", 40, 16, "out", 4,
     )  # fmt: skip
-    assert kernel.state_bytes == 4 * ((40 + 16) * 4 + 1)
+    assert kernel.state_bytes == 4 * ((40 + 16) * 4 + 2)
     assert leaves["experts/kernel"].batch == (3,)
     assert leaves["experts/kernel"].side == "in"
     assert leaves["embed_tokens/embedding"].role == "fallback"

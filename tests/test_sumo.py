@@ -147,6 +147,54 @@ def test_basis_changes_at_refreshes_only(basis):
         np.testing.assert_allclose(Q.T @ Q, np.eye(RANK), atol=1e-5)  # float32, m products
 
 
+def moved_at(tx, sequences, steps):
+    """For each matrix the steps at which its basis changed."""
+    _, states = run(tx, sequences, steps)
+    bases = {name: [np.asarray(s.basis[name]["kernel"]) for s in states] for name in sequences}
+    return {
+        name: [t for t in range(steps) if not np.array_equal(qs[t], qs[t + 1])]
+        for name, qs in bases.items()
+    }
+
+
+def test_stagger_gives_each_leaf_a_step_of_its_own():
+    sequences = {f"w{i}": gradients((20, 12), 18, seed=i) for i in range(4)}
+    rule = dict(basis="randomized_svd", refresh_every=8)
+    tx = sumo_optax.scale_by_sumo(RANK, stagger=True, **rule)
+    moved = moved_at(tx, sequences, 18)
+    assert moved == {"w0": [0, 8, 16], "w1": [0, 2, 10], "w2": [0, 4, 12], "w3": [0, 6, 14]}
+    inner = optax.scale_by_adam()
+    tx = sumo_optax.scale_in_subspace(inner, RANK, stagger=True, **rule)
+    assert moved_at(tx, sequences, 18) == moved
+    tx = sumo_optax.scale_by_sumo(RANK, **rule)
+    assert moved_at(tx, sequences, 18) == dict.fromkeys(sequences, [0, 8, 16])
+
+
+def test_a_stale_subspace_is_left_at_the_next_step():
+    """Two of three sequences turn to other directions at step 5: they alone move, once, at 6."""
+    turn = gradients((40, 16), 5, seed=1), gradients((40, 16), 5, seed=2)
+    sequences = {"turns": turn[0] + turn[1], "stays": turn[0] + turn[0]}
+    tx = sumo_optax.scale_by_sumo(RANK, basis="svd", refresh_every=100, refresh_below=0.7)
+    assert moved_at(tx, sequences, 10) == {"turns": [0, 6], "stays": [0]}
+    _, states = run(tx, sequences, 10)
+    Q, G = starting_state(states[10:], "stays")[0], np.float64(sequences["stays"][9])
+    captured = states[10].captured["stays"]["kernel"]
+    np.testing.assert_allclose(captured, oracles.captured_energy(Q, G), rtol=1e-5)
+
+
+def test_a_stale_matrix_moves_its_whole_stack():
+    turn = gradients((40, 16), 5, seed=1), gradients((40, 16), 5, seed=2)
+    stack = [np.stack(pair) for pair in zip(turn[0] + turn[1], turn[0] + turn[0], strict=True)]
+    tx = sumo_optax.scale_by_sumo(
+        RANK,
+        basis="svd",
+        refresh_every=100,
+        refresh_below=0.7,
+        weight_dimension_numbers=optax.contrib.MuonDimensionNumbers(1, 2),
+    )
+    assert moved_at(tx, {"w": stack}, 10) == {"w": [0, 6]}
+
+
 @pytest.mark.parametrize("basis, least", [("randomized_svd", 0.99), ("tracking", 0.98)])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_bases_capture_the_gradient(basis, least, shape):
@@ -287,6 +335,7 @@ def test_state_dtype_is_what_is_kept():
         ({"rank": 0}, "rank must be an integer of at least 1, got 0"),
         ({"rank": 2.5}, "rank must be an integer of at least 1, got 2.5"),
         ({"rank": True}, "rank must be an integer of at least 1, got True"),
+        ({"refresh_below": 2}, "refresh_below must be a number >= 0 and <= 1, or None, got 2"),
         ({"refresh_every": 0}, "refresh_every must be an integer of at least 1, got 0"),
         ({"momentum": 1.0}, "momentum must be a number >= 0 and < 1, got 1.0"),
         ({"momentum": "high"}, "momentum must be a number >= 0 and < 1, got 'high'"),
