@@ -176,15 +176,15 @@ def _step_batch(rule: Rule, G: jax.Array, state, t, place: float, key):
     """A step of every matrix of a leaf; and of which the state after it is finite.
 
     A NaN or Inf anywhere in G makes it not so, since QᵀG and the like read all of G: a look at the
-    small state is a look at G.
+    small state is a look at G. 0 times NaN or Inf is NaN; a sum is faster than a logical reduction.
     """
     batch_axes = G.ndim - 2
     due = lambda *state: rule.due(t, state, place)
 
     def step(G, *state):
         D, state = rule.step(G, state, t, any_due, key)
-        finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(state)]
-        return D, state, jnp.all(jnp.stack(finite))
+        zero = jnp.stack([jnp.sum(0 * x) for x in jax.tree.leaves(state)])
+        return D, state, jnp.all(zero == 0)
 
     for _ in range(batch_axes):
         due, step = jax.vmap(due), jax.vmap(step)

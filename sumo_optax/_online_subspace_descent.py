@@ -273,18 +273,18 @@ def _in_subspace(
         delta, inner_new = inner.update(G_hat, inner_state, jnp.zeros_like(G_hat))
         if online_pca is None:
             return scale * (P @ delta), (P, projector, inner_new)
-        moves = jnp.any(G)
+        gradient, norm = _subspace.online_pca_gradient(G, P, G_hat, online_pca.penalty)
+        moves = norm != 0  # true of NaN
         delta, inner_state = _where(moves, (delta, inner_new), (0 * G_hat, inner_state))
-        moved = _moved(online_pca, G, P, G_hat, projector, t)
+        moved = _moved(online_pca, gradient, P, projector, t)
         P_new, projector = _where(moves & ~begins, moved, (P, projector))
         return scale * (P @ delta), (P_new, projector, inner_state)
 
     return lift(Rule(init, due, step), SubspaceState, **lifted)
 
 
-def _moved(pca: _OnlinePCA, G, P, G_hat, state, t) -> tuple[jax.Array, PyTree]:
+def _moved(pca: _OnlinePCA, gradient, P, state, t) -> tuple[jax.Array, PyTree]:
     """A step of P down its loss, and the state of its optimizer."""
-    gradient = _subspace.online_pca_gradient(G, P, G_hat, pca.penalty)
     direction, state = pca.optimizer.update(gradient, state, P)
     rate = pca.learning_rate(t) if callable(pca.learning_rate) else pca.learning_rate
     return P - rate * direction, state

@@ -92,16 +92,16 @@ def transport(Q_new: jax.Array, Q_old: jax.Array, M: jax.Array) -> jax.Array:
 
 def online_pca_gradient(
     G: jax.Array, P: jax.Array, G_hat: jax.Array, penalty: jax.typing.ArrayLike
-) -> jax.Array:
-    """The gradient in P (m x r) of ||PPᵀg - g||² + penalty ||PᵀP - I||², g = G / ||G||, Ĝ = PᵀG.
+) -> tuple[jax.Array, jax.Array]:
+    """The gradient in P (m x r) of ||PPᵀg - g||² + penalty ||PᵀP - I||², g = G / ||G||; and ||G||.
 
-    With X = gᵀP and S = PᵀP it is 2 (g X (S - 2I) + P XᵀX) + 4 penalty P (S - I): one product
-    with G.
+    With Ĝ = PᵀG, X = gᵀP and S = PᵀP it is 2 (g X (S - 2I) + P XᵀX) + 4 penalty P (S - I): one
+    product with G.
     """
     norm = frobenius_norm(G, scale=G_hat)
-    norm = jnp.where(norm > 0, norm, 1)
-    X = (G_hat / norm).T
+    divisor = jnp.where(norm > 0, norm, 1)
+    Xt = G_hat / divisor
+    gX = (G @ Xt.T) / divisor
     S = P.T @ P
     I = jnp.eye(S.shape[0], dtype=S.dtype)
-    gX = (G @ X) / norm
-    return 2 * (gX @ (S - 2 * I) + P @ (X.T @ X)) + 4 * penalty * P @ (S - I)
+    return gX @ (2 * S - 4 * I) + P @ (2 * Xt @ Xt.T + 4 * penalty * (S - I)), norm

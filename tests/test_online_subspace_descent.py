@@ -80,7 +80,8 @@ def test_closed_form_gradient_is_that_of_the_loss(shape, rho):
         gram = P.T @ P - jnp.eye(RANK)
         return jnp.sum((P @ P.T @ g - g) ** 2) + rho * jnp.sum(gram**2)
 
-    closed = _subspace.online_pca_gradient(G, P, P.T @ G, rho)
+    closed, norm = _subspace.online_pca_gradient(G, P, P.T @ G, rho)
+    np.testing.assert_allclose(norm, np.linalg.norm(G), rtol=1e-6)
     assert relative(closed, jax.grad(loss)(P)) < 1e-5  # float32
 
 
