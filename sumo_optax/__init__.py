@@ -13,6 +13,8 @@ from sumo_optax._online_subspace_descent import (
 from sumo_optax._online_subspace_descent import scale_in_subspace as scale_in_subspace
 from sumo_optax._report import describe as describe
 from sumo_optax._report import state_bytes as state_bytes
+from sumo_optax._sharding import abstract_state as abstract_state
+from sumo_optax._sharding import state_shardings as state_shardings
 from sumo_optax._sumo import SumoState as SumoState
 from sumo_optax._sumo import scale_by_sumo as scale_by_sumo
 from sumo_optax._sumo import sumo as sumo

@@ -3,6 +3,7 @@
 The only file that knows of batches, transposes, dtypes and leaves that are no matrices.
 """
 
+import functools
 import math
 import zlib
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sumo_optax import _layout
 from sumo_optax._axes import (
     MatrixAxes,
     PyTree,
@@ -28,10 +30,25 @@ class View(NamedTuple):
     """A leaf seen as (*batch, m, n) with m >= n."""
 
     leaf_shape: tuple[int, ...]
-    axes: tuple[int, ...]  # permutation of the leaf's axes: batch, then rows, then columns
-    batch: tuple[int, ...]
-    m: int
-    n: int
+    batch_axes: tuple[int, ...]  # of the leaf
+    m_axes: tuple[int, ...]
+    n_axes: tuple[int, ...]
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        return self.batch_axes + self.m_axes + self.n_axes
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        return tuple(self.leaf_shape[a] for a in self.batch_axes)
+
+    @property
+    def m(self) -> int:
+        return math.prod(self.leaf_shape[a] for a in self.m_axes)
+
+    @property
+    def n(self) -> int:
+        return math.prod(self.leaf_shape[a] for a in self.n_axes)
 
     def to_matrices(self, leaf: jax.Array) -> jax.Array:
         return leaf.transpose(self.axes).reshape(*self.batch, self.m, self.n)
@@ -49,9 +66,7 @@ def matrix_view(shape: tuple[int, ...], axes: MatrixAxes) -> View:
     if size(rows) < size(columns):
         rows, columns = columns, rows
     batch = tuple(a for a in range(len(shape)) if a not in (*rows, *columns))
-    return View(
-        shape, (*batch, *rows, *columns), tuple(shape[a] for a in batch), size(rows), size(columns)
-    )
+    return View(shape, batch, rows, columns)
 
 
 class Rule(NamedTuple):
@@ -96,26 +111,34 @@ def lift(
     def init(params):
         leaves, treedef = jax.tree.flatten(params)
         specs = resolve(weight_dimension_numbers, params)
+        structure, letters = _state_structure(rule)
         t = jnp.zeros([], jnp.int32)
+        views = [
+            None if axes is None else matrix_view(jnp.shape(x), axes)
+            for x, axes in zip(leaves, specs, strict=True)
+        ]
         states = []
-        for path, leaf, spec in zip(named_leaves(params), leaves, specs, strict=True):
-            if spec is None:
+        for path, leaf, view in zip(named_leaves(params), leaves, views, strict=True):
+            if view is None:
                 continue
-            view = matrix_view(jnp.shape(leaf), spec)
             dtype = jnp.promote_types(leaf.dtype, jnp.float32)
             one = rule.init(view.m, view.n, dtype, key_of(path, t))
-            states.append(_stacked(one, view.batch, dtype if state_dtype is None else state_dtype))
-        fields = _transpose(treedef, specs, states, _structure(rule))
+            one = _stacked(one, view.batch, dtype if state_dtype is None else state_dtype)
+            states.append(_layout.placed(structure.flatten_up_to(one), leaf, view, letters))
+        trees = []
+        for i, word in enumerate(letters):
+            arrays = iter(states)
+            tree = treedef.unflatten(
+                [optax.MaskedNode() if view is None else next(arrays)[i] for view in views]
+            )
+            trees.append(_layout.renamed(tree, params, views, word))
         others = fallback.init(_without_matrices(treedef, leaves, specs))
-        return state_type(t, *fields, others, jnp.zeros([], jnp.int32))
+        return state_type(t, *structure.unflatten(trees), others, jnp.zeros([], jnp.int32))
 
     def update(updates, state, params=None, **extra_args):
         leaves, treedef = jax.tree.flatten(updates)
         specs = resolve(weight_dimension_numbers, updates)
-        structure = _structure(rule)
         t = state.count
-        fields = structure.flatten_up_to(tuple(state[1:-2]))
-        columns = [treedef.flatten_up_to(field) for field in fields]
         without_matrices = lambda tree: _without_matrices(
             treedef, treedef.flatten_up_to(tree), specs
         )
@@ -130,35 +153,49 @@ def lift(
         others = jax.tree.map(_or_zero, finite, others)
         skipped = state.skipped + sum(~ok for ok in jax.tree.leaves(finite))
 
+        structure, letters = _state_structure(rule)
+        trees = structure.flatten_up_to(tuple(state[1:-2]))
+        old_states = zip(*map(jax.tree.leaves, trees), strict=True)
         outputs, states = treedef.flatten_up_to(others), []
         count = sum(spec is not None for spec in specs)
         for i, (path, G, spec) in enumerate(zip(named_leaves(updates), leaves, specs, strict=True)):
             if spec is None:
                 continue
             view = matrix_view(jnp.shape(G), spec)
-            dtype = jnp.promote_types(G.dtype, jnp.float32)
-            old = structure.unflatten(column[i] for column in columns)
-            matrices, one = view.to_matrices(G.astype(dtype)), _cast(old, dtype)
-            place = len(states) / count
-            D, new, good = _step_batch(rule, matrices, one, t, place, key_of(path, t))
-            new = jax.tree.map(lambda x, o: x.astype(o.dtype), new, old)
-            if skip_nonfinite:
-                D, new = _or_zero(good, D), _where(good, new, old)
-                skipped += jnp.sum(~good)
-            outputs[i] = view.to_leaf(D).astype(G.dtype)
-            states.append(new)
-        fields = _transpose(treedef, specs, states, structure)
+            step = functools.partial(_step_leaf, rule, structure, view, skip_nonfinite)
+            step = _layout.in_auto_mode(step, G, view, letters)
+            place, key = len(states) / count, key_of(path, t)
+            outputs[i], new_state, bad = step(G, next(old_states), t, place, key)
+            skipped += bad
+            states.append(new_state)
+        new_trees = [
+            jax.tree.unflatten(jax.tree.structure(tree), column)
+            for tree, column in zip(trees, zip(*states, strict=True), strict=True)
+        ]
+        fields = structure.unflatten(new_trees if states else trees)
         new_state = state_type(optax.safe_increment(t), *fields, fallback_state, skipped)
         return treedef.unflatten(outputs), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _structure(rule: Rule) -> Any:
-    """The tree structure of a matrix's state, also where there is no matrix."""
-    return jax.tree.structure(
-        jax.eval_shape(lambda: rule.init(1, 1, jnp.float32, jax.random.key(0)))
-    )
+def _state_structure(rule: Rule) -> tuple[Any, list[str]]:
+    """The tree of a matrix's state, also where there is no matrix; and its arrays' axes."""
+    probe = lambda m, n: rule.init(m, n, jnp.float32, jax.random.key(0))
+    return jax.tree.structure(jax.eval_shape(lambda: probe(1, 1))), _layout.along(probe)
+
+
+def _step_leaf(rule: Rule, structure, view: View, skip_nonfinite: bool, G, state, t, place, key):
+    """A step of a leaf: the update, the arrays of its state, and how many matrices were skipped."""
+    dtype = jnp.promote_types(G.dtype, jnp.float32)
+    old = structure.unflatten(state)
+    matrices = view.to_matrices(G.astype(dtype))
+    D, new, good = _step_batch(rule, matrices, _cast(old, dtype), t, place, key)
+    new = jax.tree.map(lambda x, o: x.astype(o.dtype), new, old)
+    bad = jnp.zeros([], jnp.int32)
+    if skip_nonfinite:
+        D, new, bad = _or_zero(good, D), _where(good, new, old), jnp.sum(~good, dtype=jnp.int32)
+    return view.to_leaf(D).astype(G.dtype), jax.tree.leaves(new), bad
 
 
 def _stacked(tree: PyTree, batch: tuple[int, ...], dtype: Any) -> PyTree:
@@ -206,18 +243,6 @@ def _without_matrices(treedef, leaves, specs) -> PyTree:
     return treedef.unflatten(
         [x if s is None else optax.MaskedNode() for x, s in zip(leaves, specs, strict=True)]
     )
-
-
-def _transpose(treedef, specs, states, structure) -> tuple[PyTree, ...]:
-    """The states of the matrices, in order, as one state with a tree for every array."""
-    flat = [structure.flatten_up_to(state) for state in states]
-    trees = []
-    for i in range(structure.num_leaves):
-        arrays = iter(flat)
-        trees.append(
-            treedef.unflatten([optax.MaskedNode() if s is None else next(arrays)[i] for s in specs])
-        )
-    return structure.unflatten(trees)
 
 
 def descend(

@@ -1,0 +1,104 @@
+"""Where optimizer state lies on a mesh, for `jax.jit(out_shardings=...)` and for checkpoints."""
+
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from sumo_optax._axes import PyTree, named_leaves, path_string
+
+
+def state_shardings(
+    tx: optax.GradientTransformation, params: PyTree, param_shardings: PyTree
+) -> PyTree:
+    """The sharding of every array of an optimizer's state, from those of the parameters.
+
+    For a matrix m x n with spec P(a, b): the basis is P(a, None), the moment P(None, b), whatever
+    belongs to neither side is on every device; batch axes (layers, experts) keep theirs. States of
+    optax's own transformations that are like a parameter lie as it does; counters are replicated.
+
+    Args:
+      tx: any transformation made of ours and of optax's, combinators (``chain``, ``partition``,
+        ``masked``, ``MultiSteps``, ``inject_hyperparams``) included.
+      params: tree of arrays or ``jax.ShapeDtypeStruct``.
+      param_shardings: tree like `params` of ``jax.sharding.NamedSharding``, all of one mesh.
+
+    Returns:
+      Tree of ``NamedSharding`` like ``tx.init(params)``.
+
+    Raises:
+      TypeError: a sharding is no ``NamedSharding``.
+      ValueError: the shardings are of several meshes.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, sumo_optax
+      >>> from jax.sharding import NamedSharding, PartitionSpec as P
+      >>> mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+      >>> params = {"dense": {"kernel": jnp.ones((16, 8))}}
+      >>> shardings = {"dense": {"kernel": NamedSharding(mesh, P("x", None))}}
+      >>> tx = sumo_optax.scale_by_sumo(4)
+      >>> state_sharding = sumo_optax.state_shardings(tx, params, shardings)
+      >>> state_sharding.basis["dense"]["kernel"].spec
+      P('x', None)
+      >>> state = jax.jit(tx.init, out_shardings=state_sharding)(params)
+    """
+    return jax.tree.map(lambda x: x.sharding, abstract_state(tx, params, param_shardings))
+
+
+def abstract_state(
+    tx: optax.GradientTransformation, params: PyTree, param_shardings: PyTree
+) -> PyTree:
+    """Shape, dtype and sharding of every array of an optimizer's state: what Orbax restores onto.
+
+    Args, raises: those of :func:`state_shardings`.
+
+    Returns:
+      Tree of ``jax.ShapeDtypeStruct`` like ``tx.init(params)``.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, sumo_optax
+      >>> from jax.sharding import NamedSharding, PartitionSpec as P
+      >>> mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+      >>> params = {"dense": {"kernel": jax.ShapeDtypeStruct((16, 8), jnp.float32)}}
+      >>> shardings = {"dense": {"kernel": NamedSharding(mesh, P(None, "x"))}}
+      >>> state = sumo_optax.abstract_state(sumo_optax.scale_by_sumo(4), params, shardings)
+      >>> state.moment["dense"]["kernel"].shape, state.moment["dense"]["kernel"].sharding.spec
+      ((4, 8), P(None, 'x'))
+    """
+    mesh = _mesh_of(param_shardings)
+    if mesh is None:
+        return jax.eval_shape(tx.init, params)
+    # Types carry shardings on a mesh with explicit axes, so there `init` says where its state lies.
+    explicit = Mesh(
+        mesh.devices, mesh.axis_names, axis_types=(AxisType.Explicit,) * mesh.devices.ndim
+    )
+    typed = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=NamedSharding(explicit, s.spec)
+        ),
+        params,
+        param_shardings,
+    )
+    with jax.set_mesh(explicit):
+        state = jax.eval_shape(tx.init, typed)
+    spec = lambda x: PartitionSpec() if x.sharding is None else x.sharding.spec
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec(x))),
+        state,
+    )
+
+
+def _mesh_of(param_shardings: PyTree) -> Any:
+    """The one mesh of all shardings; None if there are none."""
+    shardings = named_leaves(param_shardings)
+    for path, sharding in shardings.items():
+        if not isinstance(sharding, NamedSharding):
+            raise TypeError(
+                f"param_shardings must hold jax.sharding.NamedSharding, got {sharding!r} at"
+                f" {path_string(path)}"
+            )
+    meshes = {sharding.mesh for sharding in shardings.values()}
+    if len(meshes) > 1:
+        raise ValueError(f"param_shardings must be of one mesh, got {len(meshes)}: {meshes}")
+    return next(iter(meshes), None)
