@@ -43,12 +43,19 @@ def renamed(tree: PyTree, params: PyTree, views: list[Any], word: str) -> PyTree
 
     The state's axes are others, and so must be their names.
     """
-    names = [_names(x) for x in jax.tree.leaves(params, is_leaf=_has_names)]
-    nodes, treedef = jax.tree.flatten(tree, is_leaf=lambda x: _has_names(x) or _is_masked(x))
-    for i, (node, spec, view) in enumerate(zip(nodes, names, views, strict=True)):
-        if _has_names(node):
-            new = () if view is None else tuple(_state_spec(spec, view, word))
-            nodes[i] = node.copy(out_sharding=new)
+    stops = lambda x: _has_names(x) or isinstance(x, optax.MaskedNode)
+    wrappers = jax.tree.leaves(params, is_leaf=stops)
+    if not any(map(_has_names, wrappers)):
+        return tree
+    nodes, treedef = jax.tree.flatten(tree, is_leaf=stops)
+    views = iter(views)
+    for i, (wrapper, node) in enumerate(zip(wrappers, nodes, strict=True)):
+        if isinstance(wrapper, optax.MaskedNode):
+            continue
+        view = next(views)
+        if _has_names(wrapper):
+            names = () if view is None else _state_spec(_names(wrapper), view, word)
+            nodes[i] = node.copy(out_sharding=tuple(names))
     return treedef.unflatten(nodes)
 
 
@@ -83,12 +90,8 @@ def _has_names(x: Any) -> bool:
     return hasattr(x, "get_metadata") and bool(x.get_metadata().get("out_sharding"))
 
 
-def _is_masked(x: Any) -> bool:
-    return isinstance(x, optax.MaskedNode)
-
-
 def _names(x: Any) -> Spec:
-    return tuple(x.get_metadata()["out_sharding"]) if _has_names(x) else ()
+    return tuple(x.get_metadata()["out_sharding"])
 
 
 def _state_spec(spec: Sequence[Any], view: Any, word: str) -> PartitionSpec:

@@ -149,10 +149,13 @@ def scale_by_mofasgd(
 
 
 def _truncated_svd(G: jax.Array, state, key: jax.Array):
-    """The rank-r SVD of G, by way of its dominant subspace."""
-    U = _subspace.refresh(G, state[0], key, "randomized_svd")
-    W, s, V = svd(U.T @ G)
-    return U @ W, s, V
+    """The rank-r SVD of G, by way of its dominant subspace and an r x r core."""
+    U, _, V = state
+    U = _subspace.refresh(G, U, key, "randomized_svd")
+    rows = G.T @ U
+    V = orthonormal_columns(rows, completion=jax.random.normal(key, V.shape) / V.shape[0] ** 0.5)
+    W, s, Z = svd(rows.T @ V)
+    return U @ W, s, V @ Z
 
 
 def _tangent_step(G: jax.Array, state, beta: jax.typing.ArrayLike):

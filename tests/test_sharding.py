@@ -1,0 +1,329 @@
+"""On a mesh of eight simulated devices: the same numbers, sharded state, no gathered gradient."""
+
+import functools
+import itertools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from contracts import every_optimizer, every_transformation
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from test_sumo import gradients
+
+import sumo_optax
+
+R = 4
+SHAPES = {"tall": (32, 16), "wide": (16, 32)}
+SPECS = {"rows": P("x", None), "columns": P(None, "x"), "both": P("x", "y"), "none": P(None, None)}
+LEAVES = {f"{s} {k}": (SHAPES[s], SPECS[k]) for s, k in itertools.product(SHAPES, SPECS)}
+LEAVES["layers"] = ((2, 32, 16), P("y", "x", None))
+
+
+def mesh_of(axis_type):
+    return jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type,) * 2)
+
+
+def gradient_tree(steps):
+    """One tree of kernels a step; a stack of layers has two different ones."""
+    sequences = {}
+    for i, (name, (shape, _)) in enumerate(LEAVES.items()):
+        layers = [gradients(shape[-2:], steps, seed=i + 100 * j, rank=R) for j in range(2)]
+        sequences[name] = (
+            layers[0] if len(shape) == 2 else list(map(np.stack, zip(*layers, strict=True)))
+        )
+    return [
+        {name: {"kernel": jnp.asarray(s[t])} | NORM.get(name, {}) for name, s in sequences.items()}
+        for t in range(steps)
+    ]
+
+
+# A norm of the same block says that the kernels of "layers" are two.
+NORM = {"layers": {"norm": {"scale": jnp.ones((2, 16))}}}
+
+
+def shardings_of(tree, mesh):
+    spec = lambda path, x: LEAVES[path[0].key][1] if path[-1].key == "kernel" else P()
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: NamedSharding(mesh, spec(path, x)), tree
+    )
+
+
+def trajectory(tx, grads, shardings=None):
+    """The updates of every step and the last state, compiled once."""
+    params = jax.tree.map(jnp.zeros_like, grads[0])
+    if shardings is None:
+        state, update = tx.init(params), jax.jit(tx.update)
+    else:
+        params, *grads = (jax.device_put(g, shardings) for g in (params, *grads))
+        promised = sumo_optax.state_shardings(tx, params, shardings)
+        state = jax.jit(tx.init, out_shardings=promised)(params)
+        update = jax.jit(tx.update, out_shardings=(shardings, promised))
+        assert jax.tree.map(lambda x: x.sharding, state) == promised
+    updates = []
+    for g in grads:
+        u, state = update(g, state, params)
+        updates.append(u)
+    assert update._cache_size() == 1
+    if shardings is not None:
+        for x, s in zip(jax.tree.leaves(state), jax.tree.leaves(promised), strict=True):
+            assert x.sharding.is_equivalent_to(s, x.ndim)
+    return updates, state
+
+
+@functools.cache
+def on_one_device(make):
+    return trajectory(make(rank=R), gradient_tree(12))
+
+
+@every_transformation
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_same_numbers_as_one_device(make, axis_type):
+    """12 steps through refreshes; every spec, tall, wide and stacked, in one compilation."""
+    mesh, grads = mesh_of(axis_type), gradient_tree(12)
+    with jax.set_mesh(mesh):
+        updates, state = trajectory(make(rank=R), grads, shardings_of(grads[0], mesh))
+    expected, _ = on_one_device(make)
+    for step, (ours, theirs) in enumerate(zip(updates, expected, strict=True)):
+        for name in LEAVES:
+            a, b = (np.asarray(u[name]["kernel"], np.float64) for u in (ours, theirs))
+            # Sums in another order: float32 rounding through 12 steps of condition number 10.
+            assert np.linalg.norm(a - b) < 1e-5 * np.linalg.norm(b), (step, name)
+    for field in state[1:-2]:
+        for path, x in jax.tree_util.tree_leaves_with_path(field):
+            _, spec = LEAVES[next(k.key for k in path if getattr(k, "key", None) in LEAVES)]
+            sharded = {axis for axis in jax.tree.leaves(tuple(x.sharding.spec))}
+            assert sharded <= set(jax.tree.leaves(tuple(spec)))
+
+
+def test_state_lies_as_promised():
+    mesh = mesh_of(AxisType.Auto)
+    params = {
+        name: {"kernel": jnp.zeros(shape)} | NORM.get(name, {})
+        for name, (shape, _) in LEAVES.items()
+    }
+    shardings = shardings_of(params, mesh)
+    spec = lambda field, name: field[name]["kernel"].spec
+    sumo = sumo_optax.state_shardings(sumo_optax.scale_by_sumo(R), params, shardings)
+    assert spec(sumo.basis, "tall both") == P("x", None)
+    assert spec(sumo.moment, "tall both") == P(None, "y")
+    assert spec(sumo.basis, "wide both") == P("y", None)
+    assert spec(sumo.moment, "wide both") == P(None, "x")
+    assert spec(sumo.basis, "layers") == P("y", "x", None)
+    assert spec(sumo.moment, "layers") == P("y", None, None)
+    assert spec(sumo.update_norm, "layers") == P("y")
+    assert sumo.count.spec == P()
+    mofasgd = sumo_optax.state_shardings(sumo_optax.scale_by_mofasgd(R), params, shardings)
+    assert spec(mofasgd.basis, "tall both") == P("x", None)
+    assert spec(mofasgd.row_basis, "tall both") == P("y", None)
+    osd = sumo_optax.scale_by_online_subspace_descent(R)
+    osd = sumo_optax.state_shardings(osd, params, shardings)
+    assert spec(osd.basis, "tall both") == P("y", None)
+    assert spec(osd.inner.mu, "tall both") == P(None, "x")
+    assert spec(osd.projector.nu, "tall both") == P("y", None)
+    # What a device holds falls with the devices along the sharded axis.
+    state = jax.jit(sumo_optax.scale_by_sumo(R).init, out_shardings=sumo)(params)
+    held = state.basis["tall rows"]["kernel"].addressable_shards[0].data
+    assert held.shape == (32 // 4, R)
+
+
+def test_state_shardings_through_combinators():
+    mesh = mesh_of(AxisType.Auto)
+    params = {
+        "a": {"kernel": jnp.zeros((32, 16)), "bias": jnp.zeros(16)},
+        "b": {"kernel": jnp.zeros((16, 8))},
+    }
+    shardings = jax.tree.map(lambda x: NamedSharding(mesh, P("x") if x.ndim == 2 else P()), params)
+    sumo = optax.inject_hyperparams(lambda learning_rate: sumo_optax.sumo(learning_rate, R))(
+        learning_rate=0.1
+    )
+    parts = optax.partition({"sumo": sumo, "adam": optax.adam(0.1)}, {"a": "sumo", "b": "adam"})
+    tx = optax.MultiSteps(optax.chain(optax.clip_by_global_norm(1.0), parts), 2)
+    promised = sumo_optax.state_shardings(tx, params, shardings)
+    params = jax.device_put(params, shardings)
+    state = jax.jit(tx.init, out_shardings=promised)(params)
+    found = {jax.tree_util.keystr(p): x.sharding.spec for p, x in jax.tree.leaves_with_path(state)}
+    ends = lambda *words: [s for k, s in found.items() if all(w in k for w in words)]
+    assert ends(".basis", "['a']") == [P("x", None)] and ends(".moment", "['a']") == [P(None, None)]
+    assert ends(".mu", "['b']") == [P("x")] or ends(".mu", "['b']") == [P("x", None)]
+    assert set(ends(".acc_grads", "kernel")) <= {P("x"), P("x", None)}
+    updates, _ = jax.jit(tx.update, out_shardings=(shardings, promised))(params, state, params)
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+
+
+def test_state_of_sharded_arrays_is_sharded_without_being_asked():
+    mesh = mesh_of(AxisType.Auto)
+    params = {"kernel": jax.device_put(jnp.zeros((32, 16)), NamedSharding(mesh, P("x", "y")))}
+    state = sumo_optax.scale_by_sumo(R).init(params)
+    assert state.basis["kernel"].sharding == NamedSharding(mesh, P("x", None))
+    assert state.moment["kernel"].sharding == NamedSharding(mesh, P(None, "y"))
+
+
+def test_wrong_shardings():
+    params = {"a": {"kernel": jnp.zeros((8, 4))}, "b": jnp.zeros(3)}
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with pytest.raises(TypeError, match="NamedSharding, got .* at a/kernel"):
+        sumo_optax.state_shardings(
+            sumo_optax.sumo(0.1), params, jax.tree.map(lambda _: device, params)
+        )
+    meshes = iter(
+        [mesh_of(AxisType.Auto), jax.make_mesh((8,), ("z",), axis_types=(AxisType.Auto,))]
+    )
+    several = jax.tree.map(lambda _: NamedSharding(next(meshes), P()), params)
+    with pytest.raises(ValueError, match="one mesh, got 2"):
+        sumo_optax.state_shardings(sumo_optax.sumo(0.1), params, several)
+
+
+# What is sent, read from the compiled program.
+
+COLLECTIVE = re.compile(
+    r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+)
+
+
+def collectives(hlo):
+    """(kind, elements of each operand) for the ordinary step and for the branches of its conds."""
+    computations, name = {}, None
+    for line in hlo.splitlines():
+        if line and not line.startswith((" ", "}")):
+            name = line.split(" ")[1 if line.startswith("ENTRY") else 0].lstrip("%")
+            computations[name] = []
+        elif name:
+            computations[name].append(line)
+    lines = "\n".join(line for body in computations.values() for line in body)
+    branches = {
+        name.lstrip("%")
+        for found in re.findall(r"branch_computations=\{([^}]*)\}", lines)
+        for name in found.split(", ")
+    } | set(re.findall(r"(?:true|false)_computation=%([\w.\-]+)", lines))
+    ordinary, refresh = [], []
+    for name, lines in computations.items():
+        for line in lines:
+            if match := COLLECTIVE.search(line):
+                shapes = re.findall(r"\w+\[([\d,]*)\]", match[1])
+                sizes = [math.prod(map(int, filter(None, s.split(",")))) for s in shapes]
+                (refresh if name in branches else ordinary).append((match[2], sizes))
+    return ordinary, refresh
+
+
+@functools.cache
+def compiled(make, shape, spec):
+    mesh = mesh_of(AxisType.Auto)
+    params = {"kernel": jnp.zeros(shape)}
+    shardings = {"kernel": NamedSharding(mesh, spec)}
+    tx = make(rank=R)
+    promised = sumo_optax.state_shardings(tx, params, shardings)
+    update = jax.jit(
+        tx.update, in_shardings=(shardings, promised), out_shardings=(shardings, promised)
+    )
+    return update.lower(params, jax.eval_shape(tx.init, params)).compile().as_text()
+
+
+@every_transformation
+@pytest.mark.parametrize("spec", ["rows", "columns", "both"])
+@pytest.mark.parametrize("shape", [(64, 32), (32, 64)], ids=["tall", "wide"])
+def test_nothing_of_the_gradients_size_is_sent(make, shape, spec):
+    ordinary, refresh = collectives(compiled(make, shape, SPECS[spec]))
+    assert ordinary
+    for kind, sizes in ordinary + refresh:
+        assert kind == "all-reduce"
+        assert max(sizes) <= 64 * R
+
+
+SCALARS = 16  # norms and looks for numbers that are not finite
+
+
+@pytest.mark.parametrize("spec", ["rows", "columns", "both"])
+@pytest.mark.parametrize(
+    "make, numbers",
+    [
+        # Ĝ; three Gram matrices and a core of the polar factor.
+        (lambda rank: sumo_optax.scale_by_sumo(
+            rank, basis="randomized_svd", residual=None), lambda m, n, r: r * n + 4 * r**2),
+        # The same and norms of columns; then G Oᵀ, three Gram matrices and the transport.
+        (sumo_optax.scale_by_sumo, lambda m, n, r: r * n + 2 * n + 4 * r**2 + m * r + 4 * r**2),
+        # GV and GᵀU, what is beyond them (three Gram matrices and one coefficient a side), and the
+        # three Gram matrices of each new factor.
+        (sumo_optax.scale_by_mofasgd, lambda m, n, r: m * r + n * r + 15 * r**2),
+        # PᵀG, GX, four small products.
+        (sumo_optax.scale_by_online_subspace_descent, lambda m, n, r: (m + n) * r + 4 * r**2),
+    ],
+    ids=["sumo_periodic", "sumo", "mofasgd", "online_subspace_descent"],
+)  # fmt: skip
+def test_numbers_sent_in_an_ordinary_step(make, numbers, spec):
+    axes = 2 if spec == "both" else 1
+    ordinary, _ = collectives(compiled(make, (64, 32), SPECS[spec]))
+    sent = sum(size for _, sizes in ordinary for size in sizes if size > 1)
+    scalars = sum(size for _, sizes in ordinary for size in sizes if size == 1)
+    assert sent <= numbers(64, 32, R) * axes
+    assert scalars <= SCALARS * axes
+
+
+# Real models.
+
+
+class Net(nnx.Module):
+    def __init__(self, rngs):
+        partitioned = lambda *names: nnx.with_partitioning(nnx.initializers.lecun_normal(), names)
+        self.up = nnx.Linear(16, 32, kernel_init=partitioned("x", "y"), rngs=rngs)
+        self.down = nnx.Linear(32, 8, kernel_init=partitioned("y", "x"), rngs=rngs)
+
+    def __call__(self, x):
+        return self.down(jax.nn.relu(self.up(x)))
+
+
+@every_optimizer
+def test_nnx_optimizer_on_a_partitioned_model(make):
+    """Created sharded inside jit, as pods do; the losses are those of one device."""
+    axis_type = AxisType.Auto
+    x = jax.random.normal(jax.random.key(0), (16, 16))
+    y = jnp.roll(x, 1, axis=1)[:, :8]
+
+    def create():
+        model = Net(nnx.Rngs(0))
+        return model, nnx.Optimizer(model, make(rank=R, learning_rate=0.05), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer):
+        loss, grads = nnx.value_and_grad(lambda m: jnp.mean((m(x) - y) ** 2))(model)
+        optimizer.update(model, grads)
+        return loss
+
+    def losses(model, optimizer):
+        return [float(step(model, optimizer)) for _ in range(8)]
+
+    with jax.set_mesh(mesh_of(axis_type)):
+        model, optimizer = nnx.jit(create)()
+        specs = {
+            jax.tree_util.keystr(path): x.sharding.spec
+            for path, x in jax.tree.leaves_with_path(nnx.to_pure_dict(nnx.state(optimizer)))
+        }
+        sharded = losses(model, optimizer)
+    (basis,) = [s for k, s in specs.items() if "basis" in k and "row" not in k and "up" in k]
+    assert basis in (P("y", None), P("y"), P("x", None), P("x"))
+    with jax.set_mesh(jax.make_mesh((1, 1), ("x", "y"), axis_types=(axis_type,) * 2)):
+        np.testing.assert_allclose(sharded, losses(*create()), rtol=1e-4)
+    assert sharded[-1] < sharded[0]
+
+
+def test_inside_shard_map_with_replicated_parameters():
+    """Data parallel by hand: the gradients are averaged, then every device does the same step."""
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    tx = sumo_optax.scale_by_sumo(R)
+    grads = {"kernel": jax.random.normal(jax.random.key(0), (8, 32, 16))}
+    params = {"kernel": jnp.zeros((32, 16))}
+    state = tx.init(params)
+
+    def step(grads, state):
+        mean = jax.tree.map(lambda g: jax.lax.pmean(g[0], "x"), grads)
+        return tx.update(mean, state)
+
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=(P("x"), P()), out_specs=P(), check_vma=False)
+    updates, _ = jax.jit(mapped)(grads, state)
+    expected, _ = jax.jit(tx.update)(jax.tree.map(lambda g: g.mean(0), grads), state)
+    np.testing.assert_allclose(updates["kernel"], expected["kernel"], atol=1e-5)
