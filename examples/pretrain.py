@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import jax
+import mesh
 import numpy as np
 import optax
 import optimizers
+import processes
 import run_folder
 import text
 import tyro
@@ -85,6 +87,14 @@ class Config(Base):
     """Stack the blocks: one compilation for all of them."""
     seed: int = 0
     """Of the initial parameters and the order of the data."""
+    mesh: str | None = None
+    """data=N,fsdp=N,tensor=N: how all devices share the work; by default one does it."""
+    coordinator: str | None = None
+    """HOST:PORT of the first of several processes; job schedulers tell JAX by themselves."""
+    processes: int | None = None
+    """How many processes there are."""
+    process: int | None = None
+    """Which of them this is, from 0."""
 
     out: Path | None = None
     """Folder to write to; by default a new runs/PRESET-OPTIMIZER."""
@@ -101,7 +111,17 @@ class Config(Base):
 
 
 # A resumed run must be given all else as it was.
-FREE = ("out", "resume", "overwrite", "eval_every", "save_every")
+FREE = (
+    "mesh",
+    "coordinator",
+    "processes",
+    "process",
+    "out",
+    "resume",
+    "overwrite",
+    "eval_every",
+    "save_every",
+)
 # Steps between two looks at the loss.
 LOOK_EVERY = 10
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps, {elapsed} < {remaining}{postfix}"
@@ -110,7 +130,10 @@ BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps, {elapsed} < {remaini
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program: 0 is success, 2 something given that is wrong, 130 an interruption."""
     try:
-        run = prepare(check(parse(argv)))
+        config = check(parse(argv))
+        processes.join(config.coordinator, config.processes, config.process)
+        run = prepare(config)
+        processes.wait("all have looked at the folder, none has written")
         run.out.mkdir(parents=True, exist_ok=True)
     except (ValueError, TypeError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
@@ -146,7 +169,7 @@ def check(config: Config) -> Config:
     """The same, if its numbers make sense."""
     for name, value in dataclasses.asdict(config).items():
         flag = f"--{name.replace('_', '-')}"
-        if type(value) is int and value < 1 and name != "seed":
+        if type(value) is int and value < 1 and name not in ("seed", "process"):
             raise ValueError(f"{flag} must be an integer of at least 1, got {value}")
         if type(value) is float and not value >= 0:
             raise ValueError(f"{flag} must be a number of at least 0, got {value}")
@@ -169,6 +192,8 @@ class Run(NamedTuple):
     corpus: text.Corpus
     tx: optax.GradientTransformation
     init: Callable[[], State]
+    state: State  # shapes, dtypes and, on a mesh, shardings of what `init` gives
+    batch_sharding: jax.sharding.Sharding | None
     loss: Callable[[Any, ArrayLike], jax.Array]  # mean nats per token, from params and windows
 
     @property
@@ -211,13 +236,30 @@ def prepare(config: Config) -> Run:
         scan_layers=config.scan_layers,
     )
     init, loss = functions(shape, tx, config.seed)
-    run = Run(config, out, options, corpus, tx, init, loss)
-    state = jax.eval_shape(init)
+    state, batch_sharding = jax.eval_shape(init), None
+    if config.mesh is not None:
+        devices = mesh.parse(config.mesh)
+        state, batch_sharding = on_mesh(devices, tx, state), mesh.batch_sharding(devices)
+        if config.batch % (devices.shape["data"] * devices.shape["fsdp"]):
+            raise ValueError(
+                f"--batch {config.batch} must be a multiple of data x fsdp in --mesh {config.mesh}"
+            )
+    run = Run(config, out, options, corpus, tx, init, state, batch_sharding, loss)
     if config.resume:
         run_folder.check_same(out, run.record)
         run_folder.Checkpoints(out).check_shapes(state)
     print_plan(run, state)
     return run
+
+
+def on_mesh(devices: jax.sharding.Mesh, tx: optax.GradientTransformation, state: State) -> State:
+    """The state's shapes with the shardings that the mesh gives them."""
+    shardings = mesh.parameter_shardings(devices, state.params)
+    placed = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    return State(
+        jax.tree.map(placed, state.params, shardings),
+        sumo_optax.abstract_state(tx, state.params, shardings),
+    )
 
 
 def functions(shape: LlamaConfig, tx: optax.GradientTransformation, seed: int):
@@ -243,16 +285,18 @@ def functions(shape: LlamaConfig, tx: optax.GradientTransformation, seed: int):
 def train(run: Run) -> int:
     """Trains from the start or the last checkpoint, and says how it went."""
     config, out, corpus = run.config, run.out, run.corpus
-    if config.overwrite:
+    if config.overwrite and processes.leads():
         run_folder.clear(out)
+    processes.wait("the folder is clear")
     checkpoints = run_folder.Checkpoints(out)
     start, seconds = checkpoints.last_step() if config.resume else 0, 0.0
     if config.resume:
-        state, seconds = checkpoints.restore(start, jax.eval_shape(run.init), corpus.batches)
+        state, seconds = checkpoints.restore(start, run.state, corpus.batches)
     else:
-        state = jax.jit(run.init)()
-        (out / "config.json").write_text(json.dumps(run.record, indent=2) + "\n")
-        corpus.tokenizer.write(out / "tokenizer.json")
+        state = jax.jit(run.init, out_shardings=shardings(run))()
+        if processes.leads():
+            (out / "config.json").write_text(json.dumps(run.record, indent=2) + "\n")
+            corpus.tokenizer.write(out / "tokenizer.json")
     metrics = run_folder.Metrics(out / "metrics.jsonl", start)
     try:
         state, seconds = loop(run, state, start, seconds, metrics, checkpoints)
@@ -263,6 +307,8 @@ def train(run: Run) -> int:
         return 130
     checkpoints.close()
     rank = f", rank {run.options['rank']}" if "rank" in run.options else ""
+    if not processes.leads():
+        return 0
     plot_losses(metrics.rows, f"{config.preset}, {config.optimizer}{rank}", out / "loss.png")
     summary = {
         "steps": config.steps,
@@ -274,6 +320,13 @@ def train(run: Run) -> int:
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     print_summary(run, **summary)
     return 0
+
+
+def shardings(run: Run) -> State | None:
+    """Of the state, on a mesh."""
+    if run.batch_sharding is None:
+        return None
+    return jax.tree.map(lambda x: x.sharding, run.state)
 
 
 def loop(
@@ -295,8 +348,11 @@ def loop(
         updates, optimizer = run.tx.update(gradients, state.optimizer, state.params)
         return State(optax.apply_updates(state.params, updates), optimizer), loss
 
-    example = jax.ShapeDtypeStruct((config.batch, config.length + 1), np.int32)
-    train_step = jax.jit(step_function, donate_argnums=0).lower(state, example).compile()
+    shape = (config.batch, config.length + 1)
+    example = jax.ShapeDtypeStruct(shape, np.int32, sharding=run.batch_sharding)
+    results = None if run.batch_sharding is None else (shardings(run), None)
+    step_jit = jax.jit(step_function, donate_argnums=0, out_shardings=results)
+    train_step = step_jit.lower(state, example).compile()
 
     losses = []
     begun = time.perf_counter()
@@ -309,7 +365,8 @@ def loop(
         bar_format=BAR,
     ) as bar:
         for step in range(start + 1, config.steps + 1):
-            state, loss = train_step(state, next(corpus.batches).astype(np.int32))
+            windows = next(corpus.batches).astype(np.int32)
+            state, loss = train_step(state, shared(windows, run.batch_sharding))
             losses.append(loss)
             validate = step % (config.eval_every or tenth) == 0 or step == config.steps
             save = step % (config.save_every or tenth) == 0 or step == config.steps
@@ -338,6 +395,13 @@ def loop(
             losses = []
             begun = time.perf_counter()
     return state, seconds
+
+
+def shared(windows: np.ndarray, sharding: jax.sharding.Sharding | None) -> ArrayLike:
+    """The batch on its devices: each process gives its own the windows they need."""
+    if sharding is None:
+        return windows
+    return jax.make_array_from_callback(windows.shape, sharding, lambda index: windows[index])
 
 
 def evaluate(

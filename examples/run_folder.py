@@ -11,6 +11,7 @@ import grain
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import processes
 
 # All that a run writes. Nothing else in its folder is ever deleted.
 FILES = (
@@ -165,10 +166,13 @@ class Metrics:
         lines = path.read_text().splitlines() if start else []
         self.rows = [row for row in map(json.loads, lines) if row["step"] <= start]
         # A run that was killed may have gone on after its last checkpoint: those steps come again.
-        path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        if processes.leads():
+            path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
 
     def add(self, rows: list[dict[str, Any]]) -> None:
         """Writes rows."""
         self.rows += rows
+        if not processes.leads():
+            return
         with self.path.open("a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)

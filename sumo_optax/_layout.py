@@ -48,11 +48,11 @@ def renamed(tree: PyTree, params: PyTree, views: list[Any], word: str) -> PyTree
     if not any(map(_has_names, wrappers)):
         return tree
     nodes, treedef = jax.tree.flatten(tree, is_leaf=stops)
-    views = iter(views)
+    each = iter(views)
     for i, (wrapper, node) in enumerate(zip(wrappers, nodes, strict=True)):
         if isinstance(wrapper, optax.MaskedNode):
             continue
-        view = next(views)
+        view = next(each)
         if _has_names(wrapper):
             names = () if view is None else _state_spec(_names(wrapper), view, word)
             nodes[i] = node.copy(out_sharding=tuple(names))
