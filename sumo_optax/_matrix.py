@@ -168,11 +168,12 @@ def lift(
             outputs[i], new_state, bad = step(G, next(old_states), t, place, key)
             skipped += bad
             states.append(new_state)
-        new_trees = [
-            jax.tree.unflatten(jax.tree.structure(tree), column)
-            for tree, column in zip(trees, zip(*states, strict=True), strict=True)
-        ]
-        fields = structure.unflatten(new_trees if states else trees)
+        if states:
+            trees = [
+                jax.tree.unflatten(jax.tree.structure(tree), column)
+                for tree, column in zip(trees, zip(*states, strict=True), strict=True)
+            ]
+        fields = structure.unflatten(trees)
         new_state = state_type(optax.safe_increment(t), *fields, fallback_state, skipped)
         return treedef.unflatten(outputs), new_state
 

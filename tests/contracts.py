@@ -48,13 +48,13 @@ TABLE = {
 }
 
 
-# Other arguments of the same file: tested as slow ones, each having tests of its own besides.
+# Rows of other arguments: as slow tests, their files having tests of their own besides.
 VARIANTS = ("sumo_periodic", "galore")
 
 
-def every(column):
+def every(column, slow=VARIANTS):
     """The same arguments give the same object, so that tests share its compilations."""
-    marks = lambda name: [pytest.mark.slow] if name in VARIANTS else []
+    marks = lambda name: [pytest.mark.slow] if name in slow else []
     rows = [
         pytest.param(functools.cache(row[column]), id=name, marks=marks(name))
         for name, row in TABLE.items()
@@ -63,6 +63,9 @@ def every(column):
 
 
 every_optimizer, every_transformation = every(0), every(1)
+# For tests that compile for long: in the quick suite one row stands for all.
+ALL_BUT_ONE = [name for name in TABLE if name != "sumo"]
+every_optimizer_slowly, every_transformation_slowly = every(0, ALL_BUT_ONE), every(1, ALL_BUT_ONE)
 
 
 def like(tree, seed, scale=1.0):

@@ -62,6 +62,11 @@ TREES = {
         "experts": {"w": jnp.ones((3, 8, 4))},
     },
 }
+# Trees that can stand in one, which is one compilation, do.
+ALONE = ("bare matrix", "numpy", "no matrix", "empty", "nnx.State")
+TREES = {name: TREES[name] for name in ALONE} | {
+    "all others": {name: tree for name, tree in TREES.items() if name not in ALONE}
+}
 
 
 @every_optimizer

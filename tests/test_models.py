@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from contracts import assert_equal, every_optimizer
+from contracts import assert_equal, every_optimizer, every_optimizer_slowly
 from flax import nnx
 
 import sumo_optax
@@ -185,7 +185,7 @@ def test_matrices_of_the_model(model):
     assert matrices(params) == expected
 
 
-@every_optimizer
+@every_optimizer_slowly
 def test_ten_steps_lower_the_loss(make, model):
     params, loss, _ = model
     tx = make(learning_rate=3e-2)

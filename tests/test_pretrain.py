@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import hub
@@ -12,6 +15,7 @@ import numpy as np
 import optimizers
 import orbax.checkpoint as ocp
 import pretrain
+import processes
 import pytest
 import text
 import tokens
@@ -385,3 +389,52 @@ def test_arrays_of_another_shape_are_refused(tmp_path):
     checkpoints.close()
     with pytest.raises(ValueError, match=r"basis was float32\[4, 2\], now float32\[4, 3\]"):
         pretrain.run_folder.Checkpoints(tmp_path).check_shapes({"basis": jnp.ones((4, 3))})
+
+
+def test_a_mesh_of_devices_gives_the_losses_of_one_and_resumes_on_another(run, tmp_path):
+    """Saved on eight devices, restored straight onto four and two of them along other axes."""
+    arguments = "--batch 4 --steps 12 --save-every 6"
+    assert run(f"{arguments} --out one") == 0
+    assert run(f"{arguments} --mesh data=2,fsdp=2,tensor=2 --out eight") == 0
+    expected = np.array(losses(tmp_path / "one"))
+    np.testing.assert_allclose(losses(tmp_path / "eight"), expected, rtol=1e-4)  # float32 sums
+    shutil.rmtree(tmp_path / "eight/checkpoints/12")
+    assert run(f"{arguments} --mesh data=1,fsdp=4,tensor=2 --out eight --resume") == 0
+    np.testing.assert_allclose(losses(tmp_path / "eight"), expected, rtol=1e-4)
+    shutil.rmtree(tmp_path / "eight/checkpoints/12")
+    assert run(f"{arguments} --out eight --resume") == 0
+    np.testing.assert_allclose(losses(tmp_path / "eight"), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ("--mesh fsdp=3", "--mesh fsdp=3 is for 3 devices, there are 8"),
+        ("--mesh model=8", "--mesh takes data=N,fsdp=N,tensor=N with each N at least 1"),
+        ("--mesh fsdp=8 --batch 6", "--batch 6 must be a multiple of data x fsdp"),
+        ("--process 0", "--coordinator, --processes and --process go together"),
+    ],
+)
+def test_wrong_mesh(run, capsys, arguments, words):
+    assert run(arguments) == 2
+    message = capsys.readouterr().err.strip()
+    assert words in message and len(message.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_losses_of_one(run, corpus, tmp_path):
+    assert run("--batch 4 --steps 6 --out one") == 0
+    program = Path(__file__).parents[1] / "examples/multihost/local.py"
+    arguments = f"{MICRO} --data {corpus} --batch 4 --steps 6 --mesh data=2,fsdp=2,tensor=2"
+    command = [sys.executable, str(program), *arguments.split(), "--out", "two"]
+    subprocess.run(command, check=True, cwd=tmp_path, timeout=300)
+    expected = np.array(losses(tmp_path / "one"))
+    np.testing.assert_allclose(losses(tmp_path / "two"), expected, rtol=1e-4)  # float32 sums
+
+
+def test_what_says_that_there_are_several_processes():
+    assert not processes.is_one_of_several({})
+    assert not processes.is_one_of_several({"SLURM_STEP_NUM_TASKS": "1"})
+    assert processes.is_one_of_several({"SLURM_STEP_NUM_TASKS": "4"})
+    assert processes.is_one_of_several({"OMPI_COMM_WORLD_SIZE": "2"})
+    assert processes.is_one_of_several({"TPU_WORKER_HOSTNAMES": "host-0,host-1"})

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
-from contracts import every_optimizer, every_transformation
+from contracts import every_optimizer_slowly, every_transformation, every_transformation_slowly
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -81,7 +82,7 @@ def on_one_device(make):
     return trajectory(make(rank=R), gradient_tree(12))
 
 
-@every_transformation
+@every_transformation_slowly
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def test_same_numbers_as_one_device(make, axis_type):
     """12 steps through refreshes; every spec, tall, wide and stacked, in one compilation."""
@@ -277,7 +278,7 @@ class Net(nnx.Module):
         return self.down(jax.nn.relu(self.up(x)))
 
 
-@every_optimizer
+@every_optimizer_slowly
 def test_nnx_optimizer_on_a_partitioned_model(make):
     """Created sharded inside jit, as pods do; the losses are those of one device."""
     axis_type = AxisType.Auto
@@ -327,3 +328,32 @@ def test_inside_shard_map_with_replicated_parameters():
     updates, _ = jax.jit(mapped)(grads, state)
     expected, _ = jax.jit(tx.update)(jax.tree.map(lambda g: g.mean(0), grads), state)
     np.testing.assert_allclose(updates["kernel"], expected["kernel"], atol=1e-5)
+
+
+@pytest.mark.parametrize("devices", [4, 2, 1])
+def test_a_checkpoint_of_another_mesh_gives_the_same_next_step(devices, tmp_path):
+    """Saved on eight devices and restored straight onto fewer, and the other way."""
+    tx = sumo_optax.scale_by_sumo(R)
+    grads = {"kernel": jax.random.normal(jax.random.key(0), (32, 16))}
+    meshes = [
+        jax.make_mesh((n,), ("x",), axis_types=(AxisType.Auto,), devices=jax.devices()[:n])
+        for n in (8, devices)
+    ]
+    for there, here in (meshes, meshes[::-1]):
+        saved, restored = ({"kernel": NamedSharding(mesh, P("x"))} for mesh in (there, here))
+        put = jax.device_put(grads, saved)
+        state = jax.jit(tx.init, out_shardings=sumo_optax.state_shardings(tx, grads, saved))(put)
+        update = jax.jit(tx.update)
+        _, state = update(put, state)
+        path = tmp_path / str(there.size)
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(path, state)
+            checkpointer.wait_until_finished()
+            target = sumo_optax.abstract_state(tx, grads, restored)
+            back = checkpointer.restore(path, target)
+        jax.tree.map(np.testing.assert_array_equal, back, state)
+        assert back.basis["kernel"].sharding == NamedSharding(here, P("x", None))
+        expected, _ = update(put, state)
+        updates, _ = update(jax.device_put(grads, restored), back)
+        # Sums over another number of devices: float32 rounding.
+        np.testing.assert_allclose(updates["kernel"], expected["kernel"], atol=1e-5)
