@@ -192,7 +192,7 @@ class Run(NamedTuple):
     corpus: text.Corpus
     tx: optax.GradientTransformation
     init: Callable[[], State]
-    state: State  # shapes, dtypes and, on a mesh, shardings of what `init` gives
+    state: State  # shapes, dtypes and shardings of what `init` gives
     batch_sharding: jax.sharding.Sharding | None
     loss: Callable[[Any, ArrayLike], jax.Array]  # mean nats per token, from params and windows
 
@@ -237,7 +237,10 @@ def prepare(config: Config) -> Run:
     )
     init, loss = functions(shape, tx, config.seed)
     state, batch_sharding = jax.eval_shape(init), None
-    if config.mesh is not None:
+    if config.mesh is None:
+        one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), state)
+    else:
         devices = mesh.parse(config.mesh)
         state, batch_sharding = on_mesh(devices, tx, state), mesh.batch_sharding(devices)
         if config.batch % (devices.shape["data"] * devices.shape["fsdp"]):

@@ -391,6 +391,7 @@ def test_arrays_of_another_shape_are_refused(tmp_path):
         pretrain.run_folder.Checkpoints(tmp_path).check_shapes({"basis": jnp.ones((4, 3))})
 
 
+@pytest.mark.slow
 def test_a_mesh_of_devices_gives_the_losses_of_one_and_resumes_on_another(run, tmp_path):
     """Saved on eight devices, restored straight onto four and two of them along other axes."""
     arguments = "--batch 4 --steps 12 --save-every 6"
