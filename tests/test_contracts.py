@@ -15,7 +15,9 @@ from contracts import (
     assert_close,
     assert_equal,
     every_optimizer,
+    every_optimizer_slowly,
     every_transformation,
+    every_transformation_slowly,
     like,
     small_params,
     train,
@@ -69,7 +71,7 @@ TREES = {name: TREES[name] for name in ALONE} | {
 }
 
 
-@every_optimizer
+@every_optimizer_slowly
 @pytest.mark.parametrize("params", TREES.values(), ids=TREES)
 def test_any_tree(make, params):
     tx = make()
@@ -93,7 +95,7 @@ def test_state_has_no_empty_arrays_and_only_arrays(make):
 # Shapes and ranks
 
 
-@every_transformation
+@every_transformation_slowly
 @pytest.mark.parametrize("rank", [1, 6, 50])
 def test_shapes_and_ranks(make, rank):
     shapes = {"tall": (12, 6), "wide": (6, 12), "square": (6, 6), "row": (1, 7), "column": (7, 1)}
@@ -157,7 +159,7 @@ def test_transposed_matrix_has_the_transposed_update(make):
 # dtypes
 
 
-@every_optimizer
+@every_optimizer_slowly
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_update_has_the_gradients_dtype_and_state_at_least_float32(make, dtype):
     params = jax.tree.map(lambda x: x.astype(dtype), small_params())
@@ -181,7 +183,7 @@ def test_bfloat16_gradients_train_like_float32_ones(make):
     assert_close(half["dense"], full["dense"], rtol=2**-7)  # bfloat16 has 8 bits
 
 
-@every_optimizer
+@every_optimizer_slowly
 def test_float64(make):
     with jax.enable_x64(True):
         params = jax.tree.map(lambda x: x.astype(jnp.float64), small_params())
@@ -214,7 +216,7 @@ def test_one_compilation_over_refreshes(make):
     assert len(traces) == 1
 
 
-@every_optimizer
+@every_optimizer_slowly
 def test_donation_and_scan_and_vmap_over_seeds(make):
     params, tx = small_params(), make()
     expected, _ = train(tx, params, 3)
@@ -296,7 +298,7 @@ def test_same_seed_same_bits_and_a_resumed_run_equals_an_unbroken_one(make):
     assert_equal(resumed_state, state)
 
 
-@every_transformation
+@every_transformation_slowly
 def test_randomness_of_a_leaf_does_not_depend_on_the_others(make):
     params = small_params()
     tx = make()
@@ -321,7 +323,7 @@ def test_chain_with_clipping_first(make):
     assert_close(updates["dense"], expected["dense"], rtol=1e-4)
 
 
-@every_optimizer
+@every_optimizer_slowly
 def test_masked_and_partition(make):
     """The optimizer sees `MaskedNode`s where leaves belong to others."""
     params, bare = small_params(), make()
@@ -359,7 +361,7 @@ def test_multi_steps_is_one_step_on_the_mean(make):
     assert_close(updates, expected, rtol=1e-4)
 
 
-@every_optimizer
+@every_optimizer_slowly
 def test_inject_hyperparams(make):
     params = small_params()
     injected = optax.inject_hyperparams(
@@ -410,7 +412,7 @@ def test_apply_if_finite(make):
     assert_close(updates, expected)
 
 
-@every_optimizer
+@every_optimizer_slowly
 def test_schedule_free_and_lookahead(make):
     params = small_params()
     tx = optax.contrib.schedule_free(make(), learning_rate=1e-2)
@@ -464,7 +466,7 @@ def squared_error(y, target):
     return jnp.mean((y - target) ** 2)
 
 
-@every_optimizer
+@every_optimizer_slowly
 def test_nnx_optimizer(make):
     model = Net(nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, make(learning_rate=0.1), wrt=nnx.Param)
@@ -480,7 +482,7 @@ def test_nnx_optimizer(make):
     assert losses[-1] < 0.5 * losses[0]
 
 
-@every_optimizer
+@every_optimizer_slowly
 def test_linen_train_state(make):
     class Mlp(flax.linen.Module):
         @flax.linen.compact
@@ -504,7 +506,7 @@ def test_linen_train_state(make):
     assert losses[-1] < 0.5 * losses[0]
 
 
-@every_optimizer
+@every_optimizer_slowly
 def test_equinox(make):
     model = eqx.nn.MLP(6, 2, 16, 1, key=jax.random.key(0))
     tx, (x, y) = make(learning_rate=0.1), batch()
@@ -555,7 +557,7 @@ TARGETS = {
 }
 
 
-@every_optimizer
+@every_optimizer_slowly
 @pytest.mark.parametrize("loss, start, optimum", TARGETS.values(), ids=TARGETS)
 def test_converges(make, loss, start, optimum):
     tx = make(learning_rate=1e-2)
@@ -573,7 +575,7 @@ def test_converges(make, loss, start, optimum):
         np.testing.assert_allclose(x, expected, rtol=3e-2, atol=3e-2)  # optax's own tolerance
 
 
-@every_optimizer
+@every_optimizer_slowly
 def test_stable_under_cond(make):
     params, tx = small_params(), make()
     state = tx.init(params)
@@ -593,7 +595,7 @@ def test_stable_under_cond(make):
 # Anything
 
 
-@every_transformation
+@every_transformation_slowly
 @hypothesis.settings(max_examples=6, deadline=None, derandomize=True)
 @hypothesis.given(data=strategies.data())
 def test_random_trees(make, data):

@@ -9,12 +9,23 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_code_runs():
+    scopes = [{} for _ in re.findall(r"```python\n", README)]
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert blocks
-    for block in blocks:
-        scope = {}
+    for block, scope in zip(blocks, scopes, strict=True):
         exec(block, scope)
-        assert float(scope["loss"]) < 1.0, "twenty steps towards the identity on unit noise"
+    loop, mesh = scopes
+    assert float(loop["loss"]) < 1.0, "twenty steps towards the identity on unit noise"
+    updates, state = mesh["update"](mesh["params"], mesh["state"], mesh["params"])
+    assert updates["dense"]["kernel"].sharding.spec == mesh["P"]("fsdp")
+    assert state[0].basis["dense"]["kernel"].shape == (1376, 128)
+
+
+def test_bytes_sent_are_the_recorded_ones():
+    rows = json.loads((ROOT / "benchmarks/results/collectives.json").read_text())["rows"]
+    sent = {r["optimizer"]: r["step_bytes"] for r in rows if r["sharded"] == "rows"}
+    words = " ".join(README.split())
+    for name in ("sumo", "optax muon"):
+        assert f" {sent[name] / 1e6:.{2 if sent[name] < 1e6 else 1}f} MB" in words
 
 
 def test_figures_are_the_recorded_ones():

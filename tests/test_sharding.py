@@ -2,9 +2,10 @@
 
 import functools
 import itertools
-import math
-import re
+import sys
+from pathlib import Path
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,11 +14,15 @@ import orbax.checkpoint as ocp
 import pytest
 from contracts import every_optimizer_slowly, every_transformation, every_transformation_slowly
 from flax import nnx
+from flax.training.train_state import TrainState
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_sumo import gradients
 
 import sumo_optax
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import collectives
 
 R = 4
 SHAPES = {"tall": (32, 16), "wide": (16, 32)}
@@ -182,54 +187,17 @@ def test_wrong_shardings():
 
 # What is sent, read from the compiled program.
 
-COLLECTIVE = re.compile(
-    r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
-)
-
-
-def collectives(hlo):
-    """(kind, elements of each operand) for the ordinary step and for the branches of its conds."""
-    computations, name = {}, None
-    for line in hlo.splitlines():
-        if line and not line.startswith((" ", "}")):
-            name = line.split(" ")[1 if line.startswith("ENTRY") else 0].lstrip("%")
-            computations[name] = []
-        elif name:
-            computations[name].append(line)
-    lines = "\n".join(line for body in computations.values() for line in body)
-    branches = {
-        name.lstrip("%")
-        for found in re.findall(r"branch_computations=\{([^}]*)\}", lines)
-        for name in found.split(", ")
-    } | set(re.findall(r"(?:true|false)_computation=%([\w.\-]+)", lines))
-    ordinary, refresh = [], []
-    for name, lines in computations.items():
-        for line in lines:
-            if match := COLLECTIVE.search(line):
-                shapes = re.findall(r"\w+\[([\d,]*)\]", match[1])
-                sizes = [math.prod(map(int, filter(None, s.split(",")))) for s in shapes]
-                (refresh if name in branches else ordinary).append((match[2], sizes))
-    return ordinary, refresh
-
 
 @functools.cache
 def compiled(make, shape, spec):
-    mesh = mesh_of(AxisType.Auto)
-    params = {"kernel": jnp.zeros(shape)}
-    shardings = {"kernel": NamedSharding(mesh, spec)}
-    tx = make(rank=R)
-    promised = sumo_optax.state_shardings(tx, params, shardings)
-    update = jax.jit(
-        tx.update, in_shardings=(shardings, promised), out_shardings=(shardings, promised)
-    )
-    return update.lower(params, jax.eval_shape(tx.init, params)).compile().as_text()
+    return collectives.compiled(make(rank=R), shape, spec)
 
 
 @every_transformation
 @pytest.mark.parametrize("spec", ["rows", "columns", "both"])
 @pytest.mark.parametrize("shape", [(64, 32), (32, 64)], ids=["tall", "wide"])
 def test_nothing_of_the_gradients_size_is_sent(make, shape, spec):
-    ordinary, refresh = collectives(compiled(make, shape, SPECS[spec]))
+    ordinary, refresh = collectives.collectives(compiled(make, shape, SPECS[spec]))
     assert ordinary
     for kind, sizes in ordinary + refresh:
         assert kind == "all-reduce"
@@ -258,7 +226,7 @@ SCALARS = 16  # norms and looks for numbers that are not finite
 )  # fmt: skip
 def test_numbers_sent_in_an_ordinary_step(make, numbers, spec):
     axes = 2 if spec == "both" else 1
-    ordinary, _ = collectives(compiled(make, (64, 32), SPECS[spec]))
+    ordinary, _ = collectives.collectives(compiled(make, (64, 32), SPECS[spec]))
     sent = sum(size for _, sizes in ordinary for size in sizes if size > 1)
     scalars = sum(size for _, sizes in ordinary for size in sizes if size == 1)
     assert sent <= numbers(64, 32, R) * axes
@@ -310,6 +278,48 @@ def test_nnx_optimizer_on_a_partitioned_model(make):
     with jax.set_mesh(jax.make_mesh((1, 1), ("x", "y"), axis_types=(axis_type,) * 2)):
         np.testing.assert_allclose(sharded, losses(*create()), rtol=1e-4)
     assert sharded[-1] < sharded[0]
+
+
+@every_optimizer_slowly
+def test_linen_train_state_on_a_mesh(make):
+    """Shardings of the whole state from those of the parameters; the losses of one device."""
+
+    class Mlp(flax.linen.Module):
+        @flax.linen.compact
+        def __call__(self, x):
+            return flax.linen.Dense(8)(jax.nn.relu(flax.linen.Dense(32)(x)))
+
+    x = jax.random.normal(jax.random.key(0), (16, 16))
+    y, model, tx = jnp.roll(x, 1, axis=1)[:, :8], Mlp(), make(rank=R, learning_rate=0.05)
+    create = lambda: TrainState.create(
+        apply_fn=model.apply, params=model.init(jax.random.key(0), x)["params"], tx=tx
+    )
+
+    def step(state):
+        loss_fn = lambda p: jnp.mean((state.apply_fn({"params": p}, x) - y) ** 2)
+        loss, grads = jax.value_and_grad(loss_fn)(state.params)
+        return state.apply_gradients(grads=grads), loss
+
+    def losses(state, step):
+        found = []
+        for _ in range(8):
+            state, loss = step(state)
+            found.append(float(loss))
+        return found
+
+    mesh = mesh_of(AxisType.Auto)
+    shapes = jax.eval_shape(create)
+    sharded = lambda x: NamedSharding(mesh, P("x", "y") if x.ndim == 2 else P())
+    params = jax.tree.map(sharded, shapes.params)
+    shardings = shapes.replace(
+        step=NamedSharding(mesh, P()),
+        params=params,
+        opt_state=sumo_optax.state_shardings(tx, shapes.params, params),
+    )
+    state = jax.jit(create, out_shardings=shardings)()
+    on_mesh = losses(state, jax.jit(step, out_shardings=(shardings, None)))
+    np.testing.assert_allclose(on_mesh, losses(create(), jax.jit(step)), rtol=1e-4)
+    assert on_mesh[-1] < on_mesh[0]
 
 
 def test_inside_shard_map_with_replicated_parameters():
