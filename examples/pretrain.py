@@ -11,6 +11,7 @@ import io
 import itertools
 import json
 import math
+import os
 import re
 import sys
 import time
@@ -18,6 +19,9 @@ import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
+
+# LAPACK's threads and XLA's wait for each other; must be said before LAPACK is loaded.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax
 import mesh

@@ -162,10 +162,10 @@ def lift(
             if spec is None:
                 continue
             view = matrix_view(jnp.shape(G), spec)
-            step = functools.partial(_step_leaf, rule, structure, view, skip_nonfinite)
+            place = len(states) / count
+            step = functools.partial(_step_leaf, rule, structure, view, skip_nonfinite, place)
             step = _layout.in_auto_mode(step, G, view, letters)
-            place, key = len(states) / count, key_of(path, t)
-            outputs[i], new_state, bad = step(G, next(old_states), t, place, key)
+            outputs[i], new_state, bad = step(G, next(old_states), t, key_of(path, t))
             skipped += bad
             states.append(new_state)
         if states:
@@ -186,7 +186,9 @@ def _state_structure(rule: Rule) -> tuple[Any, list[str]]:
     return jax.tree.structure(jax.eval_shape(lambda: probe(1, 1))), _layout.along(probe)
 
 
-def _step_leaf(rule: Rule, structure, view: View, skip_nonfinite: bool, G, state, t, place, key):
+def _step_leaf(
+    rule: Rule, structure, view: View, skip_nonfinite: bool, place: float, G, state, t, key
+):
     """A step of a leaf: the update, the arrays of its state, and how many matrices were skipped."""
     dtype = jnp.promote_types(G.dtype, jnp.float32)
     old = structure.unflatten(state)

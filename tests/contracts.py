@@ -18,10 +18,15 @@ TABLE = {
     ),
     "sumo_periodic": (
         lambda learning_rate=1e-2, rank=3, **kw: sumo_optax.sumo(
-            learning_rate, rank, basis="randomized_svd", refresh_every=4, **kw
+            learning_rate, rank, basis="randomized_svd", refresh_every=4, stagger=True, **kw
         ),
         lambda rank=3, **kw: sumo_optax.scale_by_sumo(
-            rank, basis="randomized_svd", refresh_every=4, residual="gradient", **kw
+            rank,
+            basis="randomized_svd",
+            refresh_every=4,
+            stagger=True,
+            residual="gradient",
+            **kw,
         ),
     ),
     "online_subspace_descent": (

@@ -21,8 +21,15 @@ def bytes_of(tree):
 
 @pytest.mark.parametrize(
     "tx",
-    [sumo_optax.sumo(1e-3, 4), sumo_optax.scale_by_sumo(4), optax.adamw(1e-3), optax.sgd(1e-3)],
-    ids=["sumo", "scale_by_sumo", "adamw", "sgd"],
+    [
+        sumo_optax.sumo(1e-3, 4),
+        sumo_optax.scale_by_sumo(4),
+        sumo_optax.online_subspace_descent(1e-3, 4),
+        sumo_optax.mofasgd(1e-3, 4),
+        optax.adamw(1e-3),
+        optax.sgd(1e-3),
+    ],
+    ids=["sumo", "scale_by_sumo", "online_subspace_descent", "mofasgd", "adamw", "sgd"],
 )
 def test_bytes_are_those_of_the_real_state(tx):
     held = bytes_of(tx.init(PARAMS))
@@ -51,6 +58,13 @@ def test_report_as_data():
     assert leaves["experts/kernel"].side == "in"
     assert leaves["embed_tokens/embedding"].role == "fallback"
     assert report.adamw_bytes == 2 * bytes_of(PARAMS)
+
+
+def test_report_of_a_basis_on_the_short_side():
+    report = sumo_optax.describe(sumo_optax.online_subspace_descent(1e-3, 4), PARAMS)
+    kernel = {leaf.path: leaf for leaf in report.leaves}["layers/0/up/kernel"]
+    assert (kernel.role, kernel.m, kernel.n, kernel.side) == ("matrix", 40, 16, "in")
+    assert kernel.state_bytes == 4 * (3 * 16 * 4 + 2 * 40 * 4 + 2)  # and Adam's two counters
 
 
 def test_report_as_a_table():
