@@ -1,16 +1,16 @@
 """Optax gradient transformations that train transformers with low-rank optimizer state."""
 
 from sumo_optax._axes import flax_dimension_numbers as flax_dimension_numbers
+from sumo_optax._in_subspace import SubspaceState as SubspaceState
+from sumo_optax._in_subspace import scale_in_subspace as scale_in_subspace
 from sumo_optax._linalg import polar_factor as polar_factor
 from sumo_optax._mofasgd import MofasgdState as MofasgdState
 from sumo_optax._mofasgd import mofasgd as mofasgd
 from sumo_optax._mofasgd import scale_by_mofasgd as scale_by_mofasgd
-from sumo_optax._online_subspace_descent import SubspaceState as SubspaceState
 from sumo_optax._online_subspace_descent import online_subspace_descent as online_subspace_descent
 from sumo_optax._online_subspace_descent import (
     scale_by_online_subspace_descent as scale_by_online_subspace_descent,
 )
-from sumo_optax._online_subspace_descent import scale_in_subspace as scale_in_subspace
 from sumo_optax._report import describe as describe
 from sumo_optax._report import state_bytes as state_bytes
 from sumo_optax._sharding import abstract_state as abstract_state

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import optax
 
 from sumo_optax._axes import Path, PyTree, is_open, named_leaves, path_string
+from sumo_optax._in_subspace import SubspaceState
 from sumo_optax._mofasgd import MofasgdState
-from sumo_optax._online_subspace_descent import SubspaceState
 from sumo_optax._sumo import SumoState, sumo
 
 _LOW_RANK_STATES = (SumoState, SubspaceState, MofasgdState)

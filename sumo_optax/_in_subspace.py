@@ -1,0 +1,221 @@
+"""Any optax transformation, run on gradients projected on a subspace.
+
+With Adam and a basis from SVDs this is GaLore, arXiv 2403.03507; with one that online PCA moves,
+Online Subspace Descent, arXiv 2408.12857. Where it fills in what the latter leaves open:
+1. The basis starts as the dominant subspace of the first gradient; it takes no step then.
+2. A gradient of zero has no direction for online PCA to follow: nothing moves then, and the states
+   of both optimizers are left as they were.
+"""
+
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sumo_optax import _check, _subspace
+from sumo_optax._axes import WeightDimensionNumbers, path_names
+from sumo_optax._matrix import PyTree, Rule, lift
+
+SubspaceBasis = Literal["randomized_svd", "svd", "random", "online_pca"]
+Side = Literal["long", "short"]
+
+# Names that optax gives to running means of gradients, and of their squares.
+_FIRST_MOMENTS = {"mu", "trace"}
+_SECOND_MOMENTS = {"nu", "v"}
+
+
+class SubspaceState(NamedTuple):
+    """State of `scale_in_subspace` and `scale_by_online_subspace_descent`.
+
+    Basis and states are trees like the parameters, with a `MaskedNode` for every leaf that is no
+    matrix. They are float32 (float64 for float64 parameters) unless `state_dtype` is given.
+    """
+
+    count: jax.Array  # shape (), int32
+    basis: PyTree  # P, shape (*batch, p, r), p the side that is projected
+    projector: PyTree  # state of the optimizer of P, with arrays like P; () where there is none
+    inner: PyTree  # state of the inner optimizer, with arrays like PᵀG, shape (*batch, r, q)
+    fallback: PyTree  # state of the fallback, which sees a `MaskedNode` for every matrix
+    skipped: jax.Array  # updates of a matrix or leaf skipped so far, shape (), int32
+
+
+class OnlinePCA(NamedTuple):
+    """How online PCA moves a basis."""
+
+    optimizer: Any  # a GradientTransformation of the one array P
+    learning_rate: optax.ScalarOrSchedule
+    penalty: jax.typing.ArrayLike
+
+
+def scale_in_subspace(
+    inner: optax.GradientTransformation,
+    rank: int = 128,
+    *,
+    basis: SubspaceBasis = "randomized_svd",
+    refresh_every: int = 200,
+    stagger: bool = False,
+    side: Side = "long",
+    transport: bool = False,
+    scale: jax.typing.ArrayLike = 1.0,
+    weight_dimension_numbers: WeightDimensionNumbers | None = None,
+    fallback: optax.GradientTransformation | None = None,
+    skip_nonfinite: bool = True,
+    state_dtype: jax.typing.DTypeLike | None = None,
+    seed: jax.typing.ArrayLike = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Any optax transformation, run on gradients projected on a subspace.
+
+    For one matrix with gradient :math:`G` and basis :math:`P` (orthonormal columns):
+
+    .. math:: \hat G = P^\top G, \qquad \Delta = \mathrm{inner}(\hat G), \qquad D = a P \Delta
+
+    With Adam and the basis ``"svd"`` this is GaLore, and agrees with ``optax.contrib.galore``.
+
+    Args:
+      inner: the transformation. Each matrix has its own state of it. It must not read parameters:
+        it is given zeros of the shape of :math:`\hat G` for them.
+      rank: r, at least 1; a matrix whose short side is smaller has that side as its rank.
+      basis: ``"randomized_svd"`` and ``"svd"``: the dominant subspace of the gradient, every
+        `refresh_every` steps. ``"random"``: a random one. ``"online_pca"``: that of
+        :func:`scale_by_online_subspace_descent`, which moves at every step.
+      refresh_every: steps between two moves of the basis, at least 1.
+      stagger: whether each leaf moves its basis at a step of its own, as in :func:`scale_by_sumo`.
+      side: which side of the matrix is projected. ``"long"`` holds least; GaLore's paper and
+        Online Subspace Descent project the ``"short"`` one.
+      transport: whether arrays of the inner state that are means of gradients (optax names them
+        ``mu`` and ``trace``) are carried into a new basis, :math:`T = P_{new}^\top P_{old}`, as
+        :math:`T \mu`. Means of squares (``nu``, ``v``), such as Adam's second moment, cannot be
+        carried exactly: they become :math:`(T \circ T) \nu`, which is right if the coordinates
+        were uncorrelated, and never negative. Without transport both stay as they are, as in
+        GaLore. Not with ``"online_pca"``, whose basis moves little in a step.
+      scale: a > 0, GaLore's scale factor.
+      weight_dimension_numbers, fallback, skip_nonfinite, state_dtype, seed: those of
+        :func:`scale_by_sumo`.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs`` with state :class:`SubspaceState`.
+
+    Raises:
+      ValueError, TypeError: an argument is not as above; at init, a spec does not fit its leaf.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, sumo_optax
+      >>> galore = optax.chain(
+      ...     sumo_optax.scale_in_subspace(optax.scale_by_adam(), rank=4, basis="svd", scale=0.25),
+      ...     optax.scale_by_learning_rate(1e-2),
+      ... )
+      >>> params = {"dense": {"kernel": jnp.ones((16, 8)), "bias": jnp.ones(8)}}
+      >>> state = galore.init(params)
+      >>> updates, state = galore.update(params, state, params)
+
+    References:
+      GaLore, `arXiv 2403.03507 <https://arxiv.org/abs/2403.03507>`_, Algorithm 2.
+    """
+    _check.choice("basis", basis, get_args(SubspaceBasis))
+    online = basis == "online_pca"
+    if online and transport:
+        raise ValueError("transport must be False with basis='online_pca', got True")
+    return in_subspace(
+        inner,
+        rank,
+        basis="randomized_svd" if online else basis,
+        online_pca=OnlinePCA(optax.scale_by_adam(), 0.005, 0.1) if online else None,
+        refresh_every=refresh_every,
+        stagger=stagger,
+        side=side,
+        transport=transport,
+        scale=scale,
+        weight_dimension_numbers=weight_dimension_numbers,
+        fallback=fallback,
+        skip_nonfinite=skip_nonfinite,
+        state_dtype=state_dtype,
+        seed=seed,
+    )
+
+
+def in_subspace(
+    inner: Any,  # a GradientTransformation of the one array PᵀG
+    rank: int,
+    *,
+    basis: _subspace.Basis,
+    online_pca: OnlinePCA | None,
+    refresh_every: int,
+    stagger: bool,
+    side: Side,
+    transport: bool,
+    scale: jax.typing.ArrayLike,
+    **lifted: Any,
+) -> optax.GradientTransformationExtraArgs:
+    rank = _check.integer("rank", rank, least=1)
+    refresh_every = _check.integer("refresh_every", refresh_every, least=1)
+    _check.choice("side", side, get_args(Side))
+    _check.number("scale", scale, above=0)
+
+    def init(m, n, dtype, key):
+        r = min(rank, n)
+        p, q = (m, n) if side == "long" else (n, m)
+        P = jnp.zeros((p, r), dtype)
+        projector = () if online_pca is None else online_pca.optimizer.init(P)
+        return P, projector, inner.init(jnp.zeros((r, q), dtype))
+
+    def due(t, state, place):
+        P, _, _ = state
+        if online_pca:
+            return ~jnp.any(P)
+        return _subspace.is_due(t, P, refresh_every, place if stagger else 0)
+
+    def step(G, state, t, due, key):
+        if side == "long":
+            return projected_step(G, state, t, due, key)
+        D, state = projected_step(G.T, state, t, due, key)
+        return D.T, state
+
+    def projected_step(G, state, t, due, key):
+        P, projector, inner_state = state
+        begins = ~jnp.any(P)
+
+        def refresh():
+            P_new = _subspace.refresh(G, P, key, basis)
+            if online_pca:  # the others of a batch go on
+                return jnp.where(begins, P_new, P), inner_state
+            return P_new, _transported(inner_state, P_new, P) if transport else inner_state
+
+        P, inner_state = jax.lax.cond(due, refresh, lambda: (P, inner_state))
+
+        G_hat = P.T @ G
+        delta, inner_new = inner.update(G_hat, inner_state, jnp.zeros_like(G_hat))
+        if online_pca is None:
+            return scale * (P @ delta), (P, projector, inner_new)
+        gradient, norm = _subspace.online_pca_gradient(G, P, G_hat, online_pca.penalty)
+        moves = norm != 0  # true of NaN
+        delta, inner_state = _where(moves, (delta, inner_new), (0 * G_hat, inner_state))
+        moved = _moved(online_pca, gradient, P, projector, t)
+        P_new, projector = _where(moves & ~begins, moved, (P, projector))
+        return scale * (P @ delta), (P_new, projector, inner_state)
+
+    return lift(Rule(init, due, step), SubspaceState, **lifted)
+
+
+def _moved(pca: OnlinePCA, gradient, P, state, t) -> tuple[jax.Array, PyTree]:
+    """A step of P down its loss, and the state of its optimizer."""
+    direction, state = pca.optimizer.update(gradient, state, P)
+    rate = pca.learning_rate(t) if callable(pca.learning_rate) else pca.learning_rate
+    return P - rate * direction, state
+
+
+def _where(flag: jax.Array, a: PyTree, b: PyTree) -> PyTree:
+    return jax.tree.map(lambda x, y: jnp.where(flag, x, y), a, b)
+
+
+def _transported(inner_state: PyTree, P_new: jax.Array, P_old: jax.Array) -> PyTree:
+    """The inner state in a new basis, as far as that can be had; see `scale_in_subspace`."""
+    T = P_new.T @ P_old
+
+    def carry(path, x):
+        name = path_names(path)[-1] if path else ""
+        if x.ndim != 2 or x.shape[0] != T.shape[1]:
+            return x
+        return T @ x if name in _FIRST_MOMENTS else T**2 @ x if name in _SECOND_MOMENTS else x
+
+    return jax.tree_util.tree_map_with_path(carry, inner_state)
