@@ -6,7 +6,7 @@ INSTALLED := .venv/installed
 # On a CPU, LAPACK's threads and XLA's wait for each other: small factorisations want one.
 export OPENBLAS_NUM_THREADS ?= 1
 
-.PHONY: train test test-slow lint dist clean
+.PHONY: train test test-slow test-docs docs linkcheck notebooks lint dist clean
 
 train: $(INSTALLED)
 	$(BIN)/python examples/pretrain.py
@@ -17,6 +17,18 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 -m slow
 
+test-docs: docs
+	$(BIN)/python -m pytest docs
+
+docs: $(INSTALLED)
+	$(BIN)/python -m sphinx -E -W --keep-going -q docs docs/_build/html
+
+linkcheck: $(INSTALLED)
+	$(BIN)/python -m sphinx -q -b linkcheck docs docs/_build/linkcheck
+
+notebooks: $(INSTALLED)
+	$(BIN)/jupytext --to ipynb --update notebooks/*.py
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -26,10 +38,10 @@ dist: $(INSTALLED)
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf .venv build dist runs *.egg-info
+	rm -rf .venv build dist runs docs/_build docs/_generated *.egg-info
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable ".[examples,test,lint]"
+	$(BIN)/python -m pip install --quiet --editable ".[examples,test,lint,docs,notebooks]"
 	touch $@

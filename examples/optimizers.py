@@ -21,6 +21,12 @@ LEARNING_RATES = {
     "adamw": (2.5e-3, 2.5e-3),
 }
 
+# Those that read no more than projected gradients between refreshes, and the form in which they do.
+SUBSPACE_GRADIENTS: dict[str, dict[str, Any]] = {
+    "sumo": {"basis": "randomized_svd", "residual": None, "refresh_every": 200},
+    "mofasgd": {},
+}
+
 OPTIONS = ("learning_rate", "adam_learning_rate", "rank", "refresh_every", "weight_decay")
 
 
@@ -99,7 +105,9 @@ def built() -> list[str]:
     return [name for name in LEARNING_RATES if name in OPTAX or hasattr(sumo_optax, name)]
 
 
-def complete(name: str, width: int, given: Mapping[str, Any]) -> dict[str, Any]:
+def complete(
+    name: str, width: int, given: Mapping[str, Any], *, subspace_gradients: bool = False
+) -> dict[str, Any]:
     """What is given, and defaults for what is None; refuses what the optimizer does not have."""
     accepted = inspect.signature(find(name)).parameters
     chosen = {option: value for option, value in given.items() if value is not None}
@@ -113,6 +121,11 @@ def complete(name: str, width: int, given: Mapping[str, Any]) -> dict[str, Any]:
         "rank": max(1, width // 4),
         "weight_decay": 0.0,
     }
+    if subspace_gradients:
+        if name not in SUBSPACE_GRADIENTS:
+            names = " and ".join(SUBSPACE_GRADIENTS)
+            raise ValueError(f"{name} has no --subspace-gradients; {names} have")
+        defaults |= SUBSPACE_GRADIENTS[name]
     return {option: value for option, value in defaults.items() if option in accepted} | chosen
 
 

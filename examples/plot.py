@@ -1,4 +1,4 @@
-"""The curve of a run."""
+"""The curves of a run."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,6 +28,30 @@ def plot_losses(rows: Sequence[Mapping[str, float]], title: str, path: Path) -> 
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+# Of `subspace_metrics`: what is drawn, and how.
+SUBSPACE = {
+    "captured": ("gradient energy foreseen", "linear"),
+    "rotation": ("rotation of the basis", "linear"),
+    "condition_number": ("condition of the worst moment", "log"),
+    "effective_rank": ("effective rank, mean", "linear"),
+}
+
+
+def plot_subspace(rows: Sequence[Mapping[str, float]], title: str, path: Path) -> None:
+    """Draws how the subspaces did over steps."""
+    steps = [row["step"] for row in rows]
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    figure.suptitle(title)
+    for axes, (name, (label, scale)) in zip(
+        figure.subplots(2, 2).flat, SUBSPACE.items(), strict=True
+    ):
+        axes.plot(steps, [row[name] for row in rows], color="tab:blue", linewidth=0.8)
+        axes.set(xlabel="step", ylabel=label, yscale=scale)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
 
 

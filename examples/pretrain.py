@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import time
 import zlib
@@ -30,12 +31,13 @@ import optax
 import optimizers
 import processes
 import run_folder
+import stopping
 import text
 import tyro
 from flax import nnx
 from jax.typing import ArrayLike
 from llama import PRESETS, Llama, LlamaConfig
-from plot import plot_losses
+from plot import plot_losses, plot_subspace
 from tqdm import tqdm
 
 import sumo_optax
@@ -67,6 +69,8 @@ class Config(Base):
     """Steps between two refreshes of the subspace."""
     weight_decay: float = 0.0
     """Decoupled weight decay."""
+    subspace_gradients: bool = False
+    """Between refreshes, backpropagate into the subspaces alone: for sumo and mofasgd."""
 
     data: str | None = None
     """A text file, a folder or hf:NAME[:CONFIG]; by default the Python standard library."""
@@ -112,6 +116,8 @@ class Config(Base):
     """Windows of the validation text to validate with."""
     save_every: int | None = None
     """Steps between two checkpoints; by default a tenth of all."""
+    log_subspace: bool = False
+    """Log at every step how the optimizer's subspaces are doing, and draw it at the end."""
 
 
 # A resumed run must be given all else as it was.
@@ -132,7 +138,10 @@ BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps, {elapsed} < {remaini
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the program: 0 is success, 2 something given that is wrong, 130 an interruption."""
+    """Runs the program: 0 is success, 1 a failure, 2 something given that is wrong.
+
+    128 + n is a stop by signal n, such as 130 by Ctrl-C.
+    """
     try:
         config = check(parse(argv))
         processes.join(config.coordinator, config.processes, config.process)
@@ -140,9 +149,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         processes.wait("all have looked at the folder, none has written")
         run.out.mkdir(parents=True, exist_ok=True)
     except (ValueError, TypeError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    return train(run)
+        return fail(error, 2)
+    except KeyboardInterrupt:
+        print("\ninterrupted before anything was written", file=sys.stderr)
+        return 128 + signal.SIGINT
+    try:
+        return train(run)
+    except OSError as error:
+        return fail(error, 1)
+
+
+def fail(error: Exception, code: int) -> int:
+    """Says what went wrong, in a line."""
+    print("error:", " ".join(str(error).split()), file=sys.stderr)
+    return code
 
 
 # tyro's words for an optional number that is none.
@@ -220,8 +240,10 @@ def prepare(config: Config) -> Run:
         overwrite=config.overwrite,
     )
     given = {name: getattr(config, name) for name in optimizers.OPTIONS}
-    options = optimizers.complete(config.optimizer, config.width, given)
-    tx = optimizers.create(config.optimizer, config.steps, options)
+    options = optimizers.complete(
+        config.optimizer, config.width, given, subspace_gradients=config.subspace_gradients
+    )
+    tx = measured(config, optimizers.create(config.optimizer, config.steps, options))
     corpus = text.load(
         config.data,
         config.tokenizer,
@@ -257,6 +279,17 @@ def prepare(config: Config) -> Run:
         run_folder.Checkpoints(out).check_shapes(state)
     print_plan(run, state)
     return run
+
+
+def measured(config: Config, tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same, measuring its subspaces where that was asked for."""
+    if not config.log_subspace:
+        return tx
+    if config.optimizer in optimizers.OPTAX:
+        raise ValueError(f"{config.optimizer} has no subspace to log; leave out --log-subspace")
+    if config.subspace_gradients:
+        raise ValueError("--log-subspace looks at whole gradients; leave out --subspace-gradients")
+    return sumo_optax.with_subspace_metrics(tx)
 
 
 def on_mesh(devices: jax.sharding.Mesh, tx: optax.GradientTransformation, state: State) -> State:
@@ -295,28 +328,44 @@ def train(run: Run) -> int:
     if config.overwrite and processes.leads():
         run_folder.clear(out)
     processes.wait("the folder is clear")
+    if processes.leads() and not (config.resume and (out / "config.json").exists()):
+        # The configuration comes last of these, the checkpoints' folder after it: see `check_same`.
+        with run_folder.whole(out / "tokenizer.json") as part:
+            corpus.tokenizer.write(part)
+        with run_folder.whole(out / "config.json") as part:
+            part.write_text(json.dumps(run.record, indent=2) + "\n")
     checkpoints = run_folder.Checkpoints(out)
-    start, seconds = checkpoints.last_step() if config.resume else 0, 0.0
-    if config.resume:
-        state, seconds = checkpoints.restore(start, run.state, corpus.batches)
-    else:
+    restored = checkpoints.restore(run.state, corpus.batches) if config.resume else None
+    if restored is None:
+        start, seconds = 0, 0.0
         state = jax.jit(run.init, out_shardings=shardings(run))()
-        if processes.leads():
-            (out / "config.json").write_text(json.dumps(run.record, indent=2) + "\n")
-            corpus.tokenizer.write(out / "tokenizer.json")
+    else:
+        start, state, seconds = restored
+    if config.resume:
+        print(f"going on from step {start}" if start else "no checkpoint yet: starting from step 0")
     metrics = run_folder.Metrics(out / "metrics.jsonl", start)
-    try:
-        state, seconds = loop(run, state, start, seconds, metrics, checkpoints)
-    except KeyboardInterrupt:
+    with stopping.noted() as signals:
+        try:
+            state, step, seconds = loop(run, state, start, seconds, metrics, checkpoints, signals)
+        except KeyboardInterrupt:
+            signals.append(signal.SIGINT)
+            step = None
         checkpoints.close()
-        last = checkpoints.manager.latest_step()
-        print(f"\ninterrupted; --resume --out {out} goes on from step {last}", file=sys.stderr)
-        return 130
-    checkpoints.close()
+    if step != config.steps:
+        last = max(checkpoints.steps(), default=0)
+        number = signals[0] if signals else signal.SIGTERM
+        print(
+            f"stopped by {number.name}; --resume --out {out} goes on from step {last}",
+            file=sys.stderr,
+        )
+        return 128 + number
     rank = f", rank {run.options['rank']}" if "rank" in run.options else ""
     if not processes.leads():
         return 0
-    plot_losses(metrics.rows, f"{config.preset}, {config.optimizer}{rank}", out / "loss.png")
+    title = f"{config.preset}, {config.optimizer}{rank}"
+    plot_losses(metrics.rows, title, out / "loss.png")
+    if config.log_subspace:
+        plot_subspace(metrics.rows, title, out / "subspace.png")
     summary = {
         "steps": config.steps,
         "tokens": config.steps * config.batch * config.length,
@@ -343,25 +392,42 @@ def loop(
     seconds: float,
     metrics: run_folder.Metrics,
     checkpoints: run_folder.Checkpoints,
-) -> tuple[State, float]:
-    """The steps after `start`; gives the last state and the seconds spent on training alone."""
+    signals: Sequence[signal.Signals],
+) -> tuple[State, int, float]:
+    """The steps after `start` until the end or a signal.
+
+    Gives the last state, its step and the seconds spent on training alone.
+    """
     config, corpus = run.config, run.corpus
     tokens_per_step = config.batch * config.length
     tenth = math.ceil(config.steps / 10)
     validation_loss = jax.jit(run.loss)
 
-    def step_function(state: State, windows: jax.Array) -> tuple[State, jax.Array]:
-        loss, gradients = jax.value_and_grad(run.loss)(state.params, windows)
+    value_and_grad = sumo_optax.subspace_value_and_grad(run.loss)
+
+    def step_function(
+        state: State, windows: jax.Array, full: bool
+    ) -> tuple[State, dict[str, jax.Array]]:
+        loss, gradients = value_and_grad(state.params, state.optimizer, windows, full=full)
         updates, optimizer = run.tx.update(gradients, state.optimizer, state.params)
-        return State(optax.apply_updates(state.params, updates), optimizer), loss
+        logged = {"loss": loss}
+        if config.log_subspace:
+            logged |= sumo_optax.subspace_metrics(optimizer).summary
+        return State(optax.apply_updates(state.params, updates), optimizer), logged
 
     shape = (config.batch, config.length + 1)
     example = jax.ShapeDtypeStruct(shape, np.int32, sharding=run.batch_sharding)
     results = None if run.batch_sharding is None else (shardings(run), None)
-    step_jit = jax.jit(step_function, donate_argnums=0, out_shardings=results)
-    train_step = step_jit.lower(state, example).compile()
+    step_jit = jax.jit(
+        step_function, donate_argnums=0, static_argnames="full", out_shardings=results
+    )
+    train_steps = {
+        full: step_jit.lower(state, example, full=full).compile()
+        for full in ((True, False) if config.subspace_gradients else (True,))
+    }
+    refresh_every = run.options.get("refresh_every", config.steps)
 
-    losses = []
+    pending, step = [], start
     begun = time.perf_counter()
     with tqdm(
         total=config.steps,
@@ -373,15 +439,20 @@ def loop(
     ) as bar:
         for step in range(start + 1, config.steps + 1):
             windows = next(corpus.batches).astype(np.int32)
-            state, loss = train_step(state, shared(windows, run.batch_sharding))
-            losses.append(loss)
+            full = not config.subspace_gradients or (step - 1) % refresh_every == 0
+            state, logged = train_steps[full](state, shared(windows, run.batch_sharding))
+            pending.append(logged)
             validate = step % (config.eval_every or tenth) == 0 or step == config.steps
-            save = step % (config.save_every or tenth) == 0 or step == config.steps
+            stop = bool(signals) or checkpoints.manager.reached_preemption(step)
+            save = step % (config.save_every or tenth) == 0 or step == config.steps or stop
             # To look at a loss is to wait for it: not after every step.
             if not (validate or save or step % LOOK_EVERY == 0):
                 continue
-            first = step - len(losses) + 1
-            rows = [{"step": first + i, "loss": float(loss)} for i, loss in enumerate(losses)]
+            first = step - len(pending) + 1
+            rows = [
+                {"step": first + i} | {name: x.item() for name, x in logged.items()}
+                for i, logged in enumerate(pending)
+            ]
             elapsed = time.perf_counter() - begun
             seconds += elapsed
             bar.set_postfix_str(
@@ -399,9 +470,11 @@ def loop(
             metrics.add(rows)
             if save:
                 checkpoints.save(step, state, corpus.batches, seconds)
-            losses = []
+            if stop:
+                break
+            pending = []
             begun = time.perf_counter()
-    return state, seconds
+    return state, step, seconds
 
 
 def shared(windows: np.ndarray, sharding: jax.sharding.Sharding | None) -> ArrayLike:

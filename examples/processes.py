@@ -5,6 +5,7 @@ import sys
 from collections.abc import Mapping
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 # What tells a process that it is one of several; the rest JAX finds by itself.
@@ -38,6 +39,11 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
 def leads() -> bool:
     """Whether this process is the one that prints and writes."""
     return jax.process_index() == 0
+
+
+def all_agree(yes: bool) -> bool:
+    """Whether it is so for every process."""
+    return bool(np.all(multihost_utils.process_allgather(yes)))
 
 
 def wait(where: str) -> None:

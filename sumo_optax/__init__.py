@@ -1,9 +1,16 @@
 """Optax gradient transformations that train transformers with low-rank optimizer state."""
 
 from sumo_optax._axes import flax_dimension_numbers as flax_dimension_numbers
+from sumo_optax._convert import check_state as check_state
+from sumo_optax._convert import convert_state as convert_state
 from sumo_optax._in_subspace import SubspaceState as SubspaceState
 from sumo_optax._in_subspace import scale_in_subspace as scale_in_subspace
+from sumo_optax._linalg import ProjectedGradient as ProjectedGradient
 from sumo_optax._linalg import polar_factor as polar_factor
+from sumo_optax._metrics import MeasuredState as MeasuredState
+from sumo_optax._metrics import SubspaceMetrics as SubspaceMetrics
+from sumo_optax._metrics import subspace_metrics as subspace_metrics
+from sumo_optax._metrics import with_subspace_metrics as with_subspace_metrics
 from sumo_optax._mofasgd import MofasgdState as MofasgdState
 from sumo_optax._mofasgd import mofasgd as mofasgd
 from sumo_optax._mofasgd import scale_by_mofasgd as scale_by_mofasgd
@@ -15,6 +22,7 @@ from sumo_optax._report import describe as describe
 from sumo_optax._report import state_bytes as state_bytes
 from sumo_optax._sharding import abstract_state as abstract_state
 from sumo_optax._sharding import state_shardings as state_shardings
+from sumo_optax._subspace_gradients import subspace_value_and_grad as subspace_value_and_grad
 from sumo_optax._sumo import SumoState as SumoState
 from sumo_optax._sumo import scale_by_sumo as scale_by_sumo
 from sumo_optax._sumo import sumo as sumo

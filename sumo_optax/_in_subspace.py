@@ -15,13 +15,14 @@ import optax
 
 from sumo_optax import _check, _subspace
 from sumo_optax._axes import WeightDimensionNumbers, path_names
-from sumo_optax._matrix import PyTree, Rule, lift
+from sumo_optax._linalg import left_product
+from sumo_optax._matrix import PyTree, Rule, lift, refreshed
 
 SubspaceBasis = Literal["randomized_svd", "svd", "random", "online_pca"]
 Side = Literal["long", "short"]
 
 # Names that optax gives to running means of gradients, and of their squares.
-_FIRST_MOMENTS = {"mu", "trace"}
+FIRST_MOMENTS = {"mu", "trace"}
 _SECOND_MOMENTS = {"nu", "v"}
 
 
@@ -53,7 +54,7 @@ def scale_in_subspace(
     rank: int = 128,
     *,
     basis: SubspaceBasis = "randomized_svd",
-    refresh_every: int = 200,
+    refresh_every: int | None = None,
     stagger: bool = False,
     side: Side = "long",
     transport: bool = False,
@@ -79,16 +80,16 @@ def scale_in_subspace(
       basis: ``"randomized_svd"`` and ``"svd"``: the dominant subspace of the gradient, every
         `refresh_every` steps. ``"random"``: a random one. ``"online_pca"``: that of
         :func:`scale_by_online_subspace_descent`, which moves at every step.
-      refresh_every: steps between two moves of the basis, at least 1.
+      refresh_every: steps between two moves of the basis, at least 1; by default 200.
       stagger: whether each leaf moves its basis at a step of its own, as in :func:`scale_by_sumo`.
-      side: which side of the matrix is projected. ``"long"`` holds least; GaLore's paper and
-        Online Subspace Descent project the ``"short"`` one.
+      side: which side of the matrix is projected, its rows where both are as long. ``"long"``
+        holds least; GaLore's paper and Online Subspace Descent project the ``"short"`` one.
       transport: whether arrays of the inner state that are means of gradients (optax names them
         ``mu`` and ``trace``) are carried into a new basis, :math:`T = P_{new}^\top P_{old}`, as
         :math:`T \mu`. Means of squares (``nu``, ``v``), such as Adam's second moment, cannot be
         carried exactly: they become :math:`(T \circ T) \nu`, which is right if the coordinates
         were uncorrelated, and never negative. Without transport both stay as they are, as in
-        GaLore. Not with ``"online_pca"``, whose basis moves little in a step.
+        GaLore. Neither this nor the two above with ``"online_pca"``.
       scale: a > 0, GaLore's scale factor.
       weight_dimension_numbers, fallback, skip_nonfinite, state_dtype, seed: those of
         :func:`scale_by_sumo`.
@@ -114,14 +115,18 @@ def scale_in_subspace(
     """
     _check.choice("basis", basis, get_args(SubspaceBasis))
     online = basis == "online_pca"
-    if online and transport:
-        raise ValueError("transport must be False with basis='online_pca', got True")
+    periodic = {"refresh_every": refresh_every, "stagger": stagger, "transport": transport}
+    for name, value in periodic.items():
+        if online and value:
+            raise ValueError(
+                f"basis='online_pca' moves at every step and takes no {name}, got {value!r}"
+            )
     return in_subspace(
         inner,
         rank,
         basis="randomized_svd" if online else basis,
         online_pca=OnlinePCA(optax.scale_by_adam(), 0.005, 0.1) if online else None,
-        refresh_every=refresh_every,
+        refresh_every=200 if refresh_every is None else refresh_every,
         stagger=stagger,
         side=side,
         transport=transport,
@@ -166,7 +171,7 @@ def in_subspace(
         return _subspace.is_due(t, P, refresh_every, place if stagger else 0)
 
     def step(G, state, t, due, key):
-        if side == "long":
+        if side == "long" or G.shape[0] == G.shape[1]:
             return projected_step(G, state, t, due, key)
         D, state = projected_step(G.T, state, t, due, key)
         return D.T, state
@@ -181,9 +186,9 @@ def in_subspace(
                 return jnp.where(begins, P_new, P), inner_state
             return P_new, _transported(inner_state, P_new, P) if transport else inner_state
 
-        P, inner_state = jax.lax.cond(due, refresh, lambda: (P, inner_state))
+        P, inner_state = refreshed(due, refresh, (P, inner_state))
 
-        G_hat = P.T @ G
+        G_hat = left_product(P, G)
         delta, inner_new = inner.update(G_hat, inner_state, jnp.zeros_like(G_hat))
         if online_pca is None:
             return scale * (P @ delta), (P, projector, inner_new)
@@ -194,7 +199,8 @@ def in_subspace(
         P_new, projector = _where(moves & ~begins, moved, (P, projector))
         return scale * (P @ delta), (P_new, projector, inner_state)
 
-    return lift(Rule(init, due, step), SubspaceState, **lifted)
+    needs_whole = "online PCA" if online_pca else "refresh_every=1" if refresh_every == 1 else ""
+    return lift(Rule(init, due, step, needs_whole), SubspaceState, **lifted)
 
 
 def _moved(pca: OnlinePCA, gradient, P, state, t) -> tuple[jax.Array, PyTree]:
@@ -216,6 +222,6 @@ def _transported(inner_state: PyTree, P_new: jax.Array, P_old: jax.Array) -> PyT
         name = path_names(path)[-1] if path else ""
         if x.ndim != 2 or x.shape[0] != T.shape[1]:
             return x
-        return T @ x if name in _FIRST_MOMENTS else T**2 @ x if name in _SECOND_MOMENTS else x
+        return T @ x if name in FIRST_MOMENTS else T**2 @ x if name in _SECOND_MOMENTS else x
 
     return jax.tree_util.tree_map_with_path(carry, inner_state)

@@ -1,11 +1,11 @@
 """Array mathematics on one matrix: polar factor, orthonormal bases. Knows no optax, no trees."""
 
+import dataclasses
 import functools
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jax.scipy.linalg import solve_triangular
 
 PolarMethod = Literal["auto", "svd", "reduced", "newton_schulz"]
 
@@ -34,6 +34,42 @@ def _at_most_one(x: jax.Array) -> jax.Array:
     """`x` scaled to Frobenius norm 1, so that no singular value is above 1; 0 stays 0."""
     x = unit_scale(x)
     return x / jnp.maximum(jnp.linalg.norm(x), 1)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["left", "right"], meta_fields=["shape"]
+)
+@dataclasses.dataclass(frozen=True)
+class ProjectedGradient:
+    """What an optimizer reads of a gradient G, m x n, where that is known before G is."""
+
+    left: Any  # QᵀG, shape (*batch, r, n), or None
+    right: Any  # GV, shape (*batch, m, r), or None
+    shape: tuple[int, ...]  # of G, or of the leaf that it is of
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return jax.tree.leaves(self)[0].dtype
+
+    @property
+    def T(self) -> "ProjectedGradient":
+        transpose = lambda x: None if x is None else x.mT
+        return ProjectedGradient(transpose(self.right), transpose(self.left), self.shape[::-1])
+
+
+def left_product(Q: jax.Array, G: Any) -> jax.Array:
+    """QᵀG, for Q with few columns; of a projected gradient, whose Q this is, what it holds."""
+    return G.left if isinstance(G, ProjectedGradient) else _stored(Q.T) @ G
+
+
+def right_product(G: Any, V: jax.Array) -> jax.Array:
+    """GV, for V with few columns and G that may be the transpose of a stored array; likewise."""
+    return G.right if isinstance(G, ProjectedGradient) else _stored(_stored(V.T) @ G.T).T
+
+
+def _stored(x: jax.Array) -> jax.Array:
+    """x written out: on a CPU, products with a transpose on the left take 2 to 5 times as long."""
+    return jax.lax.optimization_barrier(x) if jax.default_backend() == "cpu" else x
 
 
 def frobenius_norm(x: jax.Array, *, scale: jax.Array) -> jax.Array:
@@ -121,32 +157,33 @@ def above_rounding(s: jax.Array) -> jax.Array:
 
 @_highest_precision
 def _polar_reduced(x: jax.Array) -> jax.Array:
-    """polar(x) = polar(x W) Wᵀ, where the columns of W (n x r) are a basis of the rows of x.
+    """polar(x) = polar(x Zᵀ) Z, where the rows of Z (r x n) are a basis of the rows of x.
 
-    W = Y T, so that the last Cholesky-QR pass is r x r. Where x is rank deficient so is W, up to
-    columns of rounding noise; there x W is noise as well, which the polar factor drops.
+    Z = T Y, so that the last Cholesky-QR pass is r x r. Where x is rank deficient so is Z, up to
+    rows of rounding noise; there x Zᵀ is noise as well, which the polar factor drops.
     """
-    Y = _at_most_one(x.T)
+    Y = _at_most_one(x)
     for _ in range(2):
-        Y = Y @ _whitening(Y.T @ Y)
-    T = _whitening(Y.T @ Y)
-    return (_polar_by_svd(x @ Y @ T) @ T.T) @ Y.T
+        Y = _whitening(Y @ Y.T) @ Y
+    T = _whitening(Y @ Y.T)
+    return (_polar_by_svd(x @ Y.T @ T.T) @ T) @ Y
 
 
 def _whitening(gram: jax.Array) -> jax.Array:
-    """R⁻¹ with RᵀR = gram + shift: one shifted Cholesky-QR pass is Y <- Y R⁻¹, gram = YᵀY.
+    """L⁻¹ with LLᵀ = gram + shift: one shifted Cholesky-QR pass is Y <- L⁻¹ Y, gram = YYᵀ.
 
     Y has singular values of at most 1; a pass takes its condition number k to about k / 500.
     """
     identity = jnp.eye(gram.shape[0], dtype=gram.dtype)
-    lower = jnp.linalg.cholesky(gram + _shift(gram) * identity)
+    lower = jax.lax.linalg.cholesky(gram + _shift(gram) * identity, symmetrize_input=False)
     # The inverse, since a triangular solve with long right-hand sides is slow and serial.
-    return solve_triangular(lower, identity, lower=True).T * (1 + _shift(gram)) ** 0.5
+    inverse = jax.lax.linalg.triangular_solve(lower, identity, left_side=True, lower=True)
+    return inverse * (1 + _shift(gram)) ** 0.5
 
 
-def _shift(y: jax.Array) -> float:
-    """Above the rounding error of yᵀy, or the factorisation of a singular one breaks down."""
-    return (16 + y.shape[1] / 8) * float(jnp.finfo(y.dtype).eps)
+def _shift(gram: jax.Array) -> float:
+    """Above the rounding error of a Gram matrix, or the factorisation of a singular one fails."""
+    return (16 + gram.shape[0] / 8) * float(jnp.finfo(gram.dtype).eps)
 
 
 @_highest_precision
@@ -160,25 +197,23 @@ def _newton_schulz(x: jax.Array) -> jax.Array:
 
 
 @_highest_precision
-def well_conditioned_columns(y: jax.Array) -> jax.Array:
-    """The columns of y (m x r), combined so that their condition number falls by about 500."""
-    y = _at_most_one(y)
-    return y @ _whitening(y.T @ y)
-
-
-@_highest_precision
-def orthonormal_columns(y: jax.Array, completion: jax.Array | None = None) -> jax.Array:
+def orthonormal_columns(
+    y: jax.Array, completion: jax.Array | None = None, *, passes: int = 3
+) -> jax.Array:
     """An orthonormal basis of the columns of y (m x r), completed where they are dependent.
 
     The completion, of y's shape, with columns of about unit length, enters at the level of
-    rounding, from which the three passes raise it to one. Without it, columns of 0 remain so.
+    rounding, from which three passes raise it to one. Without it, columns of 0 remain so. Fewer
+    passes leave the directions of y shorter that are small: those below 1e-5 of the largest after
+    two, while after one the condition number has fallen by about 500.
     """
-    y = _at_most_one(y)
+    rows = _at_most_one(y.T)
     if completion is not None:
-        y += _shift(y) * completion
-    for _ in range(3):
-        y = y @ _whitening(y.T @ y)
-    return y
+        rows += _shift(rows) * completion.T
+    rows = _stored(rows)
+    for _ in range(passes):
+        rows = _whitening(rows @ rows.T) @ rows
+    return rows.T
 
 
 def svd(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

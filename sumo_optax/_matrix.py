@@ -3,6 +3,7 @@
 The only file that knows of batches, transposes, dtypes and leaves that are no matrices.
 """
 
+import dataclasses
 import functools
 import math
 import zlib
@@ -16,12 +17,14 @@ import optax
 from sumo_optax import _layout
 from sumo_optax._axes import (
     MatrixAxes,
+    Path,
     PyTree,
     WeightDimensionNumbers,
     named_leaves,
     path_string,
     resolve,
 )
+from sumo_optax._linalg import ProjectedGradient
 
 MATRIX, FALLBACK = "matrix", "fallback"
 
@@ -69,6 +72,14 @@ def matrix_view(shape: tuple[int, ...], axes: MatrixAxes) -> View:
     return View(shape, batch, rows, columns)
 
 
+def matrix_views(tree: PyTree, numbers: WeightDimensionNumbers | None) -> list[View | None]:
+    """For each leaf how it is a matrix, or None."""
+    return [
+        None if axes is None else matrix_view(jnp.shape(x), axes)
+        for x, axes in zip(jax.tree.leaves(tree), resolve(numbers, tree), strict=True)
+    ]
+
+
 class Rule(NamedTuple):
     """An optimizer for one matrix m x n, m >= n. Its state is a tuple of arrays or trees of arrays.
 
@@ -77,11 +88,19 @@ class Rule(NamedTuple):
       do so, since under `vmap` a predicate of its own would turn `lax.cond` into doing both; place,
       from 0 to 1, is where the leaf stands among all
     step(G, state, t, due, key) -> D, state; key depends on the leaf and t alone
+    needs_whole: what makes `step` read more of G than a `ProjectedGradient` has, "" if nothing
+      does; with such a G, due is False, the Python constant
     """
 
     init: Callable[..., tuple[PyTree, ...]]
     due: Callable[..., jax.Array]
     step: Callable[..., tuple[jax.Array, tuple[PyTree, ...]]]
+    needs_whole: str = ""
+
+
+def refreshed(due: jax.Array | bool, move: Callable[[], PyTree], stay: PyTree) -> PyTree:
+    """What `move` gives where a refresh is due. With a projected gradient there is no refresh."""
+    return stay if due is False else jax.lax.cond(due, move, lambda: stay)
 
 
 def lift(
@@ -110,13 +129,9 @@ def lift(
 
     def init(params):
         leaves, treedef = jax.tree.flatten(params)
-        specs = resolve(weight_dimension_numbers, params)
+        views = matrix_views(params, weight_dimension_numbers)
         structure, letters = _state_structure(rule)
         t = jnp.zeros([], jnp.int32)
-        views = [
-            None if axes is None else matrix_view(jnp.shape(x), axes)
-            for x, axes in zip(leaves, specs, strict=True)
-        ]
         states = []
         for path, leaf, view in zip(named_leaves(params), leaves, views, strict=True):
             if view is None:
@@ -132,15 +147,20 @@ def lift(
                 [optax.MaskedNode() if view is None else next(arrays)[i] for view in views]
             )
             trees.append(_layout.renamed(tree, params, views, word))
-        others = fallback.init(_without_matrices(treedef, leaves, specs))
+        others = fallback.init(_without_matrices(treedef, leaves, views))
         return state_type(t, *structure.unflatten(trees), others, jnp.zeros([], jnp.int32))
 
     def update(updates, state, params=None, **extra_args):
-        leaves, treedef = jax.tree.flatten(updates)
-        specs = resolve(weight_dimension_numbers, updates)
+        leaves, treedef = jax.tree.flatten(updates, is_leaf=_is_projected)
+        shapes = treedef.unflatten(
+            [jax.ShapeDtypeStruct(x.shape, x.dtype) if _is_projected(x) else x for x in leaves]
+        )
+        views = matrix_views(shapes, weight_dimension_numbers)
+        for path, G, view in zip(named_leaves(shapes), leaves, views, strict=True):
+            _check_projected(path, G, view, rule, params)
         t = state.count
         without_matrices = lambda tree: _without_matrices(
-            treedef, treedef.flatten_up_to(tree), specs
+            treedef, treedef.flatten_up_to(tree), views
         )
         grads = without_matrices(updates)
         finite = jax.tree.map(lambda g: jnp.all(jnp.isfinite(g)) | (not skip_nonfinite), grads)
@@ -157,14 +177,14 @@ def lift(
         trees = structure.flatten_up_to(tuple(state[1:-2]))
         old_states = zip(*map(jax.tree.leaves, trees), strict=True)
         outputs, states = treedef.flatten_up_to(others), []
-        count = sum(spec is not None for spec in specs)
-        for i, (path, G, spec) in enumerate(zip(named_leaves(updates), leaves, specs, strict=True)):
-            if spec is None:
+        count = sum(view is not None for view in views)
+        likes = leaves if params is None else treedef.flatten_up_to(params)
+        for i, (path, G, view) in enumerate(zip(named_leaves(shapes), leaves, views, strict=True)):
+            if view is None:
                 continue
-            view = matrix_view(jnp.shape(G), spec)
             place = len(states) / count
             step = functools.partial(_step_leaf, rule, structure, view, skip_nonfinite, place)
-            step = _layout.in_auto_mode(step, G, view, letters)
+            step = _layout.in_auto_mode(step, likes[i] if _is_projected(G) else G, view, letters)
             outputs[i], new_state, bad = step(G, next(old_states), t, key_of(path, t))
             skipped += bad
             states.append(new_state)
@@ -174,6 +194,7 @@ def lift(
                 for tree, column in zip(trees, zip(*states, strict=True), strict=True)
             ]
         fields = structure.unflatten(trees)
+        skipped = jnp.maximum(skipped, state.skipped)  # the largest number is not passed
         new_state = state_type(optax.safe_increment(t), *fields, fallback_state, skipped)
         return treedef.unflatten(outputs), new_state
 
@@ -192,13 +213,33 @@ def _step_leaf(
     """A step of a leaf: the update, the arrays of its state, and how many matrices were skipped."""
     dtype = jnp.promote_types(G.dtype, jnp.float32)
     old = structure.unflatten(state)
-    matrices = view.to_matrices(G.astype(dtype))
-    D, new, good = _step_batch(rule, matrices, _cast(old, dtype), t, place, key)
+    if _is_projected(G):
+        matrices = dataclasses.replace(_cast(G, dtype), shape=(view.m, view.n))
+    else:
+        matrices = view.to_matrices(G.astype(dtype))
+    batch_axes = len(view.batch_axes)
+    D, new, good = _step_batch(rule, matrices, _cast(old, dtype), t, place, key, batch_axes)
     new = jax.tree.map(lambda x, o: x.astype(o.dtype), new, old)
     bad = jnp.zeros([], jnp.int32)
     if skip_nonfinite:
         D, new, bad = _or_zero(good, D), _where(good, new, old), jnp.sum(~good, dtype=jnp.int32)
     return view.to_leaf(D).astype(G.dtype), jax.tree.leaves(new), bad
+
+
+def _is_projected(x: Any) -> bool:
+    return isinstance(x, ProjectedGradient)
+
+
+def _check_projected(path: Path, G: Any, view: Any, rule: Rule, params: PyTree) -> None:
+    if not _is_projected(G):
+        return
+    where = f"the gradient of {path_string(path)} is projected,"
+    if view is None:
+        raise ValueError(f"{where} but by weight_dimension_numbers that is no matrix")
+    if rule.needs_whole:
+        raise ValueError(f"{where} but {rule.needs_whole} needs whole gradients")
+    if params is None:
+        raise ValueError(f"{where} and so `update` needs the parameters")
 
 
 def _stacked(tree: PyTree, batch: tuple[int, ...], dtype: Any) -> PyTree:
@@ -212,13 +253,12 @@ def _cast(tree: PyTree, dtype: Any) -> PyTree:
     )
 
 
-def _step_batch(rule: Rule, G: jax.Array, state, t, place: float, key):
+def _step_batch(rule: Rule, G, state, t, place: float, key, batch_axes: int):
     """A step of every matrix of a leaf; and of which the state after it is finite.
 
     A NaN or Inf anywhere in G makes it not so, since QᵀG and the like read all of G: a look at the
     small state is a look at G. 0 times NaN or Inf is NaN; a sum is faster than a logical reduction.
     """
-    batch_axes = G.ndim - 2
     due = lambda *state: rule.due(t, state, place)
 
     def step(G, *state):
@@ -227,9 +267,20 @@ def _step_batch(rule: Rule, G: jax.Array, state, t, place: float, key):
         return D, state, jnp.all(zero == 0)
 
     for _ in range(batch_axes):
-        due, step = jax.vmap(due), jax.vmap(step)
-    any_due = jnp.any(due(*state))
+        due, step = jax.vmap(due), _for_each(step)
+    any_due = False if _is_projected(G) else jnp.any(due(*state))
     return step(G, *state)
+
+
+def _for_each(step: Callable[..., PyTree]) -> Callable[..., PyTree]:
+    """`step` over the first axis of its arguments.
+
+    On one CPU as a loop: no slower there, while XLA (jaxlib 0.10) can stop for good in a program
+    with several batched products, all of its threads waiting for each other.
+    """
+    if jax.default_backend() == "cpu" and jax.device_count() == 1:
+        return lambda *arguments: jax.lax.map(lambda one: step(*one), arguments)
+    return jax.vmap(step)
 
 
 def _where(good: jax.Array, a: PyTree, b: PyTree) -> PyTree:
@@ -242,9 +293,9 @@ def _or_zero(good: jax.Array, x: jax.Array) -> jax.Array:
     return _where(good, x, jnp.zeros_like(x))
 
 
-def _without_matrices(treedef, leaves, specs) -> PyTree:
+def _without_matrices(treedef, leaves, views) -> PyTree:
     return treedef.unflatten(
-        [x if s is None else optax.MaskedNode() for x, s in zip(leaves, specs, strict=True)]
+        [x if v is None else optax.MaskedNode() for x, v in zip(leaves, views, strict=True)]
     )
 
 

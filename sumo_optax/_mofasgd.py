@@ -17,8 +17,8 @@ import optax
 
 from sumo_optax import _check, _subspace
 from sumo_optax._axes import WeightDimensionNumbers
-from sumo_optax._linalg import above_rounding, orthonormal_columns, svd
-from sumo_optax._matrix import PyTree, Rule, descend, lift
+from sumo_optax._linalg import above_rounding, left_product, orthonormal_columns, right_product, svd
+from sumo_optax._matrix import PyTree, Rule, descend, lift, refreshed
 
 
 class MofasgdState(NamedTuple):
@@ -118,14 +118,17 @@ def scale_by_mofasgd(
     def step(G, state, t, due, key):
         beta = momentum(t) if callable(momentum) else momentum
         U, s, V = state
+        begins = ~jnp.any(s)
 
-        def begun():
-            """Matrices without momentum take the gradient's; others of the batch go on."""
-            new = _truncated_svd(G, state, key)
-            return jax.tree.map(lambda x, y: jnp.where(jnp.any(s), x, y), moved, new)
+        def begin():
+            """The dominant subspace of G, from which a step with V = 0 makes G's rank-r SVD."""
+            U_new = _subspace.refresh(G, U, key, "randomized_svd")
+            random = jax.random.normal(key, V.shape, V.dtype) / V.shape[0] ** 0.5
+            started, going_on = (U_new, jnp.zeros_like(V), random), (U, V, V)
+            return jax.tree.map(lambda x, y: jnp.where(begins, x, y), started, going_on)
 
-        moved = _tangent_step(G, state, beta)
-        U, s, V = jax.lax.cond(due, begun, lambda: moved)
+        U, V, spare = refreshed(due, begin, (U, V, V))
+        U, s, V = _tangent_step(G, (U, s, V), beta, spare)
 
         d = jnp.where(above_rounding(s), 1.0, 0.0)
         if inverse_limit is not None:
@@ -138,7 +141,7 @@ def scale_by_mofasgd(
         return D, (U, s, V)
 
     return lift(
-        Rule(init, due, step),
+        Rule(init, due, step, "complement" if complement else ""),
         MofasgdState,
         fallback=fallback,
         weight_dimension_numbers=weight_dimension_numbers,
@@ -148,25 +151,16 @@ def scale_by_mofasgd(
     )
 
 
-def _truncated_svd(G: jax.Array, state, key: jax.Array):
-    """The rank-r SVD of G, by way of its dominant subspace and an r x r core."""
-    U, _, V = state
-    U = _subspace.refresh(G, U, key, "randomized_svd")
-    rows = G.T @ U
-    V = orthonormal_columns(rows, completion=jax.random.normal(key, V.shape) / V.shape[0] ** 0.5)
-    W, s, Z = svd(rows.T @ V)
-    return U @ W, s, V @ Z
-
-
-def _tangent_step(G: jax.Array, state, beta: jax.typing.ArrayLike):
+def _tangent_step(G: jax.Array, state, beta: jax.typing.ArrayLike, spare: jax.Array):
     """SVD_r of the projection of G on the tangent space at (U, V), plus beta M.
 
     With GV = U C + X R and GᵀU = V Cᵀ + Y S, X and Y orthonormal to U and V, the sum is
-    [U X] [[C + beta diag(s), Sᵀ], [R, 0]] [V Y]ᵀ.
+    [U X] [[C + beta diag(s), Sᵀ], [R, 0]] [V Y]ᵀ. Where that has rank less than r, the columns of
+    U and those of `spare` take the places left in the new U and V.
     """
     U, s, V = state
-    GV, GU = G @ V, G.T @ U
-    C = U.T @ GV
+    GV, GU = right_product(G, V), left_product(U, G).T
+    C = left_product(U, GV)
     X, R = _beyond(GV - U @ C)
     Y, S = _beyond(GU - V @ C.T)
     core = jnp.block([[C + beta * jnp.diag(s), S.T], [R, jnp.zeros_like(R)]])
@@ -175,21 +169,21 @@ def _tangent_step(G: jax.Array, state, beta: jax.typing.ArrayLike):
     W, s, Z = W[:, :r], s[:r], Z[:, :r]
     found = above_rounding(s)
     return (
-        _orthonormal(U @ W[:r] + X @ W[r:], found, U),
+        _completed(U @ W[:r] + X @ W[r:], found, U),
         s,
-        _orthonormal(V @ Z[:r] + Y @ Z[r:], found, V),
+        _completed(V @ Z[:r] + Y @ Z[r:], found, spare),
     )
 
 
 def _beyond(y: jax.Array) -> tuple[jax.Array, jax.Array]:
     """X, R of y = X R, X with orthonormal columns or, where y has fewer than r directions, 0."""
-    X = orthonormal_columns(y)
-    return X, X.T @ y
+    X = orthonormal_columns(y, passes=2)
+    return X, left_product(X, y)
 
 
-def _orthonormal(columns: jax.Array, found: jax.Array, old: jax.Array) -> jax.Array:
-    """Rounding mended; and an old column for each that was not found."""
-    return orthonormal_columns(jnp.where(found, columns, 0), completion=old)
+def _completed(columns: jax.Array, found: jax.Array, spare: jax.Array) -> jax.Array:
+    """Rounding mended; and for each column not found, what a spare one adds to the others."""
+    return orthonormal_columns(jnp.where(found, columns, spare), passes=2)
 
 
 def mofasgd(
@@ -220,10 +214,11 @@ def mofasgd(
 
     Args:
       learning_rate: a number or an optax schedule.
-      rank, momentum, inverse_limit, complement, consistent_rms, weight_dimension_numbers,
-        skip_nonfinite, state_dtype, seed: those of :func:`scale_by_mofasgd`.
-      weight_decay, weight_decay_mask, adam_b1, adam_b2, adam_eps, adam_weight_decay,
-        adam_learning_rate: those of :func:`sumo`.
+      rank, momentum, inverse_limit, complement, consistent_rms: those of
+        :func:`scale_by_mofasgd`.
+      weight_dimension_numbers, skip_nonfinite, state_dtype, seed: likewise.
+      weight_decay, weight_decay_mask: those of :func:`sumo`.
+      adam_b1, adam_b2, adam_eps, adam_weight_decay, adam_learning_rate: likewise.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``. Its ``update`` needs the parameters.

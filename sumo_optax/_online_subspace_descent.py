@@ -45,7 +45,8 @@ def scale_by_online_subspace_descent(
 
     P starts as the dominant subspace of the first gradient and is not made orthonormal again; the
     penalty keeps it near. Its gradient is had in closed form, for one more product with G. With
-    Adam for both, r (3 m + 2 n) numbers are held for a matrix whose long side is m.
+    Adam for both, r (2 m + 3 n) numbers are held for a matrix m x n, m >= n, projected on its short
+    side.
 
     Args:
       rank: r, at least 1; a matrix whose short side is smaller has that side as its rank.
@@ -132,13 +133,14 @@ def online_subspace_descent(
 
     Args:
       learning_rate: a number or an optax schedule.
-      rank, inner, projector, orthogonality, side, scale, weight_dimension_numbers, skip_nonfinite,
-        state_dtype, seed: those of :func:`scale_by_online_subspace_descent`.
+      rank, inner, projector, orthogonality, side, scale: those of
+        :func:`scale_by_online_subspace_descent`.
+      weight_dimension_numbers, skip_nonfinite, state_dtype, seed: likewise.
       projector_learning_rate: a schedule, or a number >= 0; where `learning_rate` is a schedule
         the number is that at its peak, and has its shape. The peak is looked for up to step 10
         million.
-      weight_decay, weight_decay_mask, adam_b1, adam_b2, adam_eps, adam_weight_decay,
-        adam_learning_rate: those of :func:`sumo`.
+      weight_decay, weight_decay_mask: those of :func:`sumo`.
+      adam_b1, adam_b2, adam_eps, adam_weight_decay, adam_learning_rate: likewise.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``. Its ``update`` needs the parameters.

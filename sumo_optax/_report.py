@@ -54,9 +54,9 @@ class Report(NamedTuple):
         ratio = self.state_bytes / max(self.adamw_bytes, 1)
         total = (
             f"{parameters:,} parameters, {matrices} matrices; optimizer state"
-            f" {_bytes(self.state_bytes)}, {ratio:.0%} of AdamW's {_bytes(self.adamw_bytes)}"
+            f" {in_words(self.state_bytes)}, {ratio:.0%} of AdamW's {in_words(self.adamw_bytes)}"
         )
-        lines = [_table(rows), total]
+        lines = [table(rows), total]
         if any(leaf.role == "open" for leaf in self.leaves):
             lines.append(
                 "open: path and shape do not tell the axes of a matrix, so the fallback takes it;"
@@ -142,10 +142,15 @@ def _held_bytes(state: PyTree, leaves: dict[Path, Any]) -> tuple[Counter[Path], 
     return held, shared
 
 
+def low_rank_states(state: PyTree) -> list[Any]:
+    """The states of this library's optimizers in a state of any transformation."""
+    is_ours = lambda x: isinstance(x, _LOW_RANK_STATES)
+    return [x for x in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(x)]
+
+
 def _bases(state: PyTree) -> dict[Path, tuple[int, ...]] | None:
     """Shapes of all bases in a state, or None where no optimizer of ours is in it."""
-    is_ours = lambda x: isinstance(x, _LOW_RANK_STATES)
-    ours = [x for x in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(x)]
+    ours = low_rank_states(state)
     if not ours:
         return None
     return {path: q.shape for x in ours for path, q in named_leaves(x.basis).items()}
@@ -185,18 +190,18 @@ def _row(pattern: str, members: list[LeafReport]) -> tuple[str, ...]:
         matrix,
         leaf.side,
         "" if leaf.rank is None else str(leaf.rank),
-        _bytes(sum(x.state_bytes for x in members)),
-        _bytes(sum(x.adamw_bytes for x in members)),
+        in_words(sum(x.state_bytes for x in members)),
+        in_words(sum(x.adamw_bytes for x in members)),
     )
 
 
-def _table(rows: list[tuple[str, ...]]) -> str:
+def table(rows: list[tuple[str, ...]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _bytes(count: int) -> str:
+def in_words(count: int) -> str:
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= size:
             return f"{count / size:.1f} {unit}"

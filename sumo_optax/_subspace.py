@@ -8,9 +8,10 @@ import jax.numpy as jnp
 
 from sumo_optax._linalg import (
     frobenius_norm,
+    left_product,
     orthonormal_columns,
+    right_product,
     unit_scale,
-    well_conditioned_columns,
 )
 
 Basis = Literal["tracking", "randomized_svd", "svd", "random"]
@@ -62,7 +63,7 @@ def track(G: jax.Array, Q: jax.Array, rows: jax.Array) -> jax.Array:
     Half a step of subspace iteration, whose other half made the rows: one product with G. A
     direction in which there is nothing to see stays as it was in Q.
     """
-    return orthonormal_columns(G @ rows.T, completion=Q)
+    return orthonormal_columns(right_product(G, rows.T), completion=Q)
 
 
 def _subspace_iteration(G: jax.Array, Q: jax.Array, key: jax.Array) -> jax.Array:
@@ -74,7 +75,7 @@ def _subspace_iteration(G: jax.Array, Q: jax.Array, key: jax.Array) -> jax.Array
     omega = jax.random.normal(key, Q.shape, G.dtype) / Q.shape[0] ** 0.5
     Y = Q + _RANDOM_PART * omega
     for _ in range(_ITERATIONS):
-        Y = G @ well_conditioned_columns(G.T @ Y)
+        Y = right_product(G, orthonormal_columns(left_product(Y, G).T, passes=1))
     return orthonormal_columns(Y, completion=omega)
 
 
@@ -101,7 +102,7 @@ def online_pca_gradient(
     norm = frobenius_norm(G, scale=G_hat)
     divisor = jnp.where(norm > 0, norm, 1)
     Xt = G_hat / divisor
-    gX = (G @ Xt.T) / divisor
+    gX = right_product(G, Xt.T) / divisor
     S = P.T @ P
     I = jnp.eye(S.shape[0], dtype=S.dtype)
     return gX @ (2 * S - 4 * I) + P @ (2 * Xt @ Xt.T + 4 * penalty * (S - I)), norm

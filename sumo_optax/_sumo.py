@@ -21,8 +21,14 @@ import optax
 
 from sumo_optax import _check, _subspace
 from sumo_optax._axes import WeightDimensionNumbers
-from sumo_optax._linalg import PolarMethod, check_polar_method, column_norms, polar_factor
-from sumo_optax._matrix import PyTree, Rule, descend, lift
+from sumo_optax._linalg import (
+    PolarMethod,
+    check_polar_method,
+    column_norms,
+    left_product,
+    polar_factor,
+)
+from sumo_optax._matrix import PyTree, Rule, descend, lift, refreshed
 
 Residual = Literal["gradient", "scaled"] | None
 
@@ -170,14 +176,14 @@ def scale_by_sumo(
                 Q_new = new_basis()
                 return Q_new, _subspace.transport(Q_new, Q, M)
 
-            return move() if refresh_every == 1 else jax.lax.cond(due, move, lambda: (Q, M))
+            return move() if refresh_every == 1 else refreshed(due, move, (Q, M))
 
         # Block 1: the subspace, and the moment carried into it.
         if basis != "tracking":
             Q, M = moved(Q, M, lambda: _subspace.refresh(G, Q, key, basis))
 
         # Block 2: the moment, and its polar factor.
-        G_hat = Q.T @ G
+        G_hat = left_product(Q, G)
         if refresh_below is not None:
             captured = _subspace.captured_energy(G, G_hat)
         M = momentum * M + G_hat
@@ -203,8 +209,14 @@ def scale_by_sumo(
             Q, M = moved(Q, M, lambda: _subspace.track(G, Q, O))
         return D, (Q, M, update_norm, captured)
 
+    reads_more = {
+        f"residual={residual!r}": residual is not None,
+        "refresh_below": refresh_below is not None,
+        "refresh_every=1": refresh_every == 1,
+    }
+    needs_whole = ", ".join(name for name, true in reads_more.items() if true)
     return lift(
-        Rule(init, due, step),
+        Rule(init, due, step, needs_whole),
         SumoState,
         fallback=fallback,
         weight_dimension_numbers=weight_dimension_numbers,
@@ -279,9 +291,10 @@ def sumo(
 
     Args:
       learning_rate: a number or an optax schedule.
-      rank, refresh_every, stagger, refresh_below, momentum, nesterov, residual, norm_growth_limit,
-        consistent_rms, polar, basis, weight_dimension_numbers, skip_nonfinite, state_dtype, seed:
-        those of :func:`scale_by_sumo`.
+      rank, refresh_every, stagger, refresh_below, momentum, nesterov: those of
+        :func:`scale_by_sumo`.
+      residual, norm_growth_limit, consistent_rms, polar, basis: likewise.
+      weight_dimension_numbers, skip_nonfinite, state_dtype, seed: likewise.
       weight_decay: decoupled decay of matrices, times the learning rate.
       weight_decay_mask: tree of booleans like the parameters or a prefix of it, or a function from
         parameters to one: which leaves decay at all.

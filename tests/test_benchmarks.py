@@ -82,3 +82,18 @@ def test_collectives_are_counted(tmp_path, monkeypatch):
         <= 4 * 32 * 4
         < of["optax galore", "rows"]["largest_bytes"]
     )
+
+
+@pytest.mark.slow
+def test_faults_are_survived(tmp_path, monkeypatch):
+    import faults
+    import record
+
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    with contextlib.redirect_stdout(io.StringIO()):
+        size = ["--steps", "60", "--save-every", "10"]
+        faults.main(["--kills", "2", *size, "--runs", str(tmp_path / "runs")])
+    (row,) = json.loads((tmp_path / "faults.json").read_text())["rows"]
+    assert row["kills"] == 2 and row["runs"] >= 1
+    assert row["parameters_compared"] > 0
+    assert row["runs_lost"] == row["checkpoints_lost"] == row["parameters_differing"] == 0

@@ -1,6 +1,9 @@
 """What every optimizer promises: DESIGN's contracts on trees, shapes, dtypes, jit and wrappers."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 from typing import NamedTuple
 
 import equinox as eqx
@@ -116,9 +119,12 @@ def test_shapes_and_ranks(make, rank):
 
 
 @every_transformation
-@pytest.mark.parametrize("shape", [(4, 12, 6), (2, 2, 6, 12), (1, 6, 6)], ids=str)
-def test_batched_equals_one_by_one(make, shape):
+@pytest.mark.parametrize(
+    ("shape", "devices"), [((4, 12, 6), 8), ((2, 2, 6, 12), 8), ((1, 6, 6), 8), ((2, 2, 6, 12), 1)]
+)
+def test_batched_equals_one_by_one(make, shape, devices, monkeypatch):
     """Also the randomness: a batch draws one sketch for all its matrices, that of its leaf."""
+    monkeypatch.setattr(jax, "device_count", lambda: devices)  # one CPU takes them in a loop
     axes = Axes(-2, -1)
     tx = make(weight_dimension_numbers=axes)
     batched = {"kernel": jnp.ones(shape)}
@@ -132,6 +138,24 @@ def test_batched_equals_one_by_one(make, shape):
             one, one_state[i] = update({"kernel": grads["kernel"][i]}, one_state[i])
             # float32 rounding of sums taken in another order, through six steps of condition 1e2.
             assert_close(updates["kernel"][i], one["kernel"], rtol=1e-4)
+
+
+STACKS_ON_ONE_CPU = """
+import jax, jax.numpy as jnp, optax, sumo_optax
+spec = optax.contrib.MuonDimensionNumbers(-2, -1)
+tx = sumo_optax.scale_by_sumo(64, weight_dimension_numbers=spec)
+params = {str(i): jax.random.normal(jax.random.key(i), (2, 64, 64 * (i + 1))) for i in range(4)}
+state, update = tx.init(params), jax.jit(tx.update)
+for _ in range(100):
+    _, state = jax.block_until_ready(update(params, state))
+"""
+
+
+@pytest.mark.slow
+def test_stacks_do_not_stop_one_cpu():
+    """XLA's threads can wait for each other for good in programs with several batched products."""
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", STACKS_ON_ONE_CPU], env=env, check=True, timeout=300)
 
 
 @every_transformation

@@ -126,6 +126,16 @@ def orthonormal_after(stream, shape, steps):
     assert errors.max() < 1e-4
 
 
+def test_the_start_after_a_zero_gradient_is_from_the_gradient_alone():
+    """The momentum is then U Uᵀ G: the columns that V was completed with have no part in it."""
+    G = jax.random.normal(jax.random.key(0), (40, 16))
+    tx = sumo_optax.scale_by_mofasgd(RANK)
+    _, state = tx.update({"kernel": 0 * G}, tx.init({"kernel": G}))
+    _, state = tx.update({"kernel": G}, state)
+    U, s, V = (np.float64(x["kernel"]) for x in state[1:4])
+    assert relative(U * s @ V.T, U @ (U.T @ np.float64(G))) < 1e-5, "rounding of float32"
+
+
 def test_momentum_may_be_a_schedule():
     sequences = {"w": gradients((40, 16), 6)}
     warm = sumo_optax.scale_by_mofasgd(RANK, momentum=lambda t: jnp.where(t < 3, 0.5, 0.9))

@@ -1,10 +1,14 @@
 """The pre-training program: its model, its data, its runs and its refusals."""
 
 import dataclasses
+import functools
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import hub
@@ -20,6 +24,8 @@ import pytest
 import text
 import tokens
 from flax import nnx
+
+import sumo_optax
 
 SHAPE = llama.LlamaConfig(vocab=64, width=32, hidden=48, heads=2, layers=3)
 MICRO = "--width 32 --hidden 48 --heads 2 --layers 1 --length 32 --batch 8 --eval-windows 16"
@@ -223,6 +229,42 @@ def checkpoint(out: Path, step: int) -> list[np.ndarray]:
     return jax.tree.leaves(restored["state"])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["sumo", "online_subspace_descent", "mofasgd"])
+def test_logs_and_draws_subspaces(run, optimizer, tmp_path):
+    arguments = f"--optimizer {optimizer} --rank 4 --steps 4"
+    assert run(f"{arguments} --out plain") == 0
+    assert run(f"{arguments} --out logged --log-subspace") == 0
+    assert losses(tmp_path / "plain") == losses(tmp_path / "logged"), "to look changes nothing"
+    assert not (tmp_path / "plain" / "subspace.png").exists()
+    assert (tmp_path / "logged" / "subspace.png").stat().st_size > 10_000
+    lines = (tmp_path / "logged" / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert all(0 <= row["captured"] <= 1 and 1 <= row["effective_rank"] <= 4.001 for row in rows)
+    assert rows[-1]["captured"] > 0.1 and rows[-1]["rotation"] > 0
+    assert all(row["steps_since_refresh"] == 0 == row["skipped"] for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", ["--optimizer sumo --refresh-every 6", "--optimizer mofasgd"])
+def test_learns_from_gradients_in_the_subspace(run, arguments, tmp_path, monkeypatch):
+    find, asked = sumo_optax.subspace_value_and_grad, []
+
+    def noted(loss):
+        value_and_grad = find(loss)
+        return lambda *args, full: asked.append(full) or value_and_grad(*args, full=full)
+
+    monkeypatch.setattr(sumo_optax, "subspace_value_and_grad", noted)
+    shared = f"{arguments} --rank 4 --scan-layers --subspace-gradients"
+    assert run(f"{shared} --steps 40 --out whole") == 0
+    assert set(asked) == {True, False}, "both steps were compiled"
+    rows = [
+        json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()
+    ]
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
+    assert json.loads((tmp_path / "whole/config.json").read_text())["subspace_gradients"]
+
+
 def test_learns_and_writes_all_it_says(run, capsys, tmp_path):
     assert run("--optimizer adamw --steps 60 --out out") == 0
     out = tmp_path / "out"
@@ -267,6 +309,180 @@ def test_resumed_run_equals_an_unbroken_one(run, hub_folder, extra, tmp_path, mo
         checkpoint(tmp_path / "broken", 24), checkpoint(tmp_path / "unbroken", 24), strict=True
     ):
         np.testing.assert_array_equal(a, b)
+
+
+UNBROKEN = "--refresh-every 5 --steps 24 --save-every 8"
+
+
+@pytest.fixture(scope="module")
+def unbroken(corpus, tmp_path_factory):
+    """The folder of a run that nothing happened to."""
+    out = tmp_path_factory.mktemp("unbroken") / "out"
+    assert pretrain.main(f"{MICRO} --data {corpus} {UNBROKEN} --out {out}".split()) == 0
+    return out
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    assert losses(a) == losses(b)
+    for x, y in zip(checkpoint(a, 24), checkpoint(b, 24), strict=True):
+        assert x.tobytes() == y.tobytes()
+
+
+def at_step(monkeypatch, step: int, happens) -> None:
+    """Lets something happen when the losses of that step are written."""
+    add = pretrain.run_folder.Metrics.add
+
+    def patched(self, rows):
+        add(self, rows)
+        if rows[-1]["step"] == step:
+            happens()
+
+    monkeypatch.setattr(pretrain.run_folder.Metrics, "add", patched)
+
+
+@pytest.mark.slow
+def test_a_signal_writes_a_checkpoint_first(run, capsys, unbroken, tmp_path, monkeypatch):
+    """Of the step it came in, and a run that two signals broke ends as if there were none."""
+    arguments, before = f"{UNBROKEN} --out out", signal.getsignal(signal.SIGINT)
+    for number, step in [(signal.SIGTERM, 10), (signal.SIGINT, 20)]:
+        with monkeypatch.context() as patch:
+            at_step(patch, step, functools.partial(signal.raise_signal, number))
+            assert run(arguments) == 128 + number
+        assert f"--resume --out out goes on from step {step + 1}" in capsys.readouterr().err
+        assert losses(tmp_path / "out")[-1][0] == step + 1
+        assert (tmp_path / f"out/checkpoints/{step + 1}").is_dir()
+        arguments = f"{UNBROKEN} --out out --resume"
+    assert run(arguments) == 0
+    assert "going on from step 21" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGINT) is before
+    assert_same_run(tmp_path / "out", unbroken)
+
+
+@pytest.mark.slow
+def test_a_run_without_a_checkpoint_starts_again(run, capsys, unbroken, tmp_path):
+    """Killed before its first one, even before it said what run it is."""
+    out = tmp_path / "out"
+    (out / "checkpoints").mkdir(parents=True)
+    (out / ".config.json.part").write_text('{"steps')
+    (out / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    assert run(f"{UNBROKEN} --out out --resume") == 0
+    assert "no checkpoint yet: starting from step 0\n" in capsys.readouterr().out
+    assert_same_run(out, unbroken)
+    (out / "config.json").write_text('{"steps')
+    refused(capsys, run(f"{UNBROKEN} --out out --resume"), "config.json", "torn", "another --out")
+
+
+@pytest.mark.slow
+def test_a_full_disk_leaves_the_earlier_checkpoint(run, capsys, unbroken, tmp_path, monkeypatch):
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill():
+        while not (tmp_path / "out/checkpoints/8").is_dir():
+            time.sleep(0.01)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+
+    try:
+        with monkeypatch.context() as patch:
+            at_step(patch, 16, fill)
+            code = run(f"{UNBROKEN} --out out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = capsys.readouterr().err
+    assert code == 1 and error.startswith("error: a checkpoint could not be written")
+    assert error.endswith("those there are good: 8\n") and error.count("\n") == 1
+    assert run(f"{UNBROKEN} --out out --resume") == 0
+    assert "going on from step 8" in capsys.readouterr().out
+    assert_same_run(tmp_path / "out", unbroken)
+
+
+@pytest.mark.slow
+def test_a_torn_checkpoint_falls_back_to_the_one_before(run, capsys, unbroken, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(unbroken, out)
+    (out / "checkpoints/24/state/_METADATA").write_bytes(b"{")
+    assert run(f"{UNBROKEN} --out out --resume") == 0
+    printed = capsys.readouterr()
+    assert printed.err.startswith("warning: checkpoint 24 cannot be read")
+    assert printed.err.count("\n") == 1
+    assert "going on from step 16" in printed.out
+    assert_same_run(out, unbroken)
+
+
+def damage(file: Path, how: str) -> None:
+    data = bytearray(file.read_bytes())
+    if how == "cut":
+        del data[len(data) // 2 :]
+    else:
+        data[len(data) // 2] ^= 16
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("how", ["cut", "flipped"])
+@pytest.mark.parametrize("item", ["state/_METADATA", "state/ocdbt*/d", "data", "progress/metadata"])
+def test_no_damage_goes_unseen(tmp_path, capsys, item, how):
+    """Not even of a single bit, which Orbax takes for a number."""
+    windows = text.Windows(np.arange(65), 4, "training")
+    state = {"basis": jax.random.normal(jax.random.key(0), (40, 20))}
+    saved = {1: state, 2: {"basis": 2 * state["basis"]}}
+    batches = text.shuffled_batches(windows, batch=4, seed=0)
+    checkpoints = pretrain.run_folder.Checkpoints(tmp_path)
+    for step in (1, 2):
+        next(batches)
+        checkpoints.save(step, saved[step], batches, float(step))
+    checkpoints.close()
+    place = tmp_path / "checkpoints/2" / item
+    (place,) = place.parent.parent.glob(f"{place.parent.name}/{place.name}")
+    if place.is_dir():
+        files = (x for x in place.iterdir() if not x.name.startswith("commit"))
+        place = max(files, key=lambda x: x.stat().st_size)
+    damage(place, how)
+    checkpoints = pretrain.run_folder.Checkpoints(tmp_path)
+    batches = text.shuffled_batches(windows, batch=4, seed=0)
+    step, restored, seconds = checkpoints.restore(state, batches)
+    assert (step, seconds, checkpoints.steps()) == (1, 1.0, [1])
+    np.testing.assert_array_equal(restored["basis"], state["basis"])
+    expected = text.shuffled_batches(windows, batch=4, seed=0)
+    next(expected)
+    np.testing.assert_array_equal(next(batches), next(expected))
+    assert capsys.readouterr().err.startswith("warning: checkpoint 2 cannot be read")
+    (tmp_path / "checkpoints/1/progress/metadata").unlink()
+    with pytest.raises(OSError, match="no checkpoint in .* can be read"):
+        checkpoints.restore(state, batches)
+    assert checkpoints.steps() == [1]
+    checkpoints.close()
+
+
+def test_half_a_line_of_metrics_is_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    metrics = pretrain.run_folder.Metrics(path, 2)
+    assert metrics.rows == [{"step": 1}, {"step": 2}]
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text("old")
+    with pytest.raises(OSError), pretrain.run_folder.whole(path) as part:
+        part.write_text("ne")
+        raise OSError
+    assert path.read_text() == "old"
+    pretrain.run_folder.clear(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_two_runs_with_one_seed_give_the_same_bytes(tmp_path):
+    """In two processes, compiled as outside of tests, of the default model."""
+    program = Path(__file__).parents[1] / "examples/pretrain.py"
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    for out in ("one", "two"):
+        command = [sys.executable, str(program), "--steps", "12", "--eval-windows", "16"]
+        subprocess.run([*command, "--out", out], check=True, cwd=tmp_path, env=environment)
+    assert losses(tmp_path / "one") == losses(tmp_path / "two")
+    one, two = (checkpoint(tmp_path / out, 12) for out in ("one", "two"))
+    assert [x.tobytes() for x in one] == [x.tobytes() for x in two]
 
 
 def test_a_new_run_takes_a_new_folder_and_resume_the_last(run, tmp_path):
@@ -318,6 +534,9 @@ def refused(capsys, code: int, *words: str) -> None:
         ("--length 1000000", ["too few", "--length"]),
         ("--resume", ["no run to resume"]),
         ("--optimizer galore --scan-layers", ["galore", "--scan-layers"]),
+        ("--optimizer muon --log-subspace", ["muon", "no subspace", "--log-subspace"]),
+        ("--optimizer adamw --subspace-gradients", ["adamw", "sumo and mofasgd have"]),
+        ("--log-subspace --subspace-gradients", ["whole gradients", "leave out"]),
     ],
 )
 def test_wrong_arguments_are_one_clear_line(run, capsys, tmp_path, arguments, words):
@@ -382,13 +601,24 @@ def test_another_rank_is_refused(run, capsys):
     refused(capsys, run(f"{arguments} --rank 8 --resume"), "rank was 4, now 8")
 
 
-def test_arrays_of_another_shape_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    "tx, words",
+    [
+        (sumo_optax.scale_by_sumo(3), r"basis/kernel was float32\[8, 2\], now float32\[8, 3\]; mo"),
+        (sumo_optax.scale_by_mofasgd(2), "captured/kernel was float32.*, now absent"),
+    ],
+)
+def test_arrays_of_another_rank_or_optimizer_are_refused(tmp_path, tx, words):
+    """By what Orbax says of the checkpoint, before anything is read."""
+    params = {"kernel": jnp.ones((8, 6))}
     checkpoints = pretrain.run_folder.Checkpoints(tmp_path)
     batches = text.shuffled_batches(text.Windows(np.arange(65), 4, "training"), batch=4, seed=0)
-    checkpoints.save(1, {"basis": jnp.ones((4, 2))}, batches, 0.0)
+    checkpoints.save(1, sumo_optax.scale_by_sumo(2).init(params), batches, 0.0)
     checkpoints.close()
-    with pytest.raises(ValueError, match=r"basis was float32\[4, 2\], now float32\[4, 3\]"):
-        pretrain.run_folder.Checkpoints(tmp_path).check_shapes({"basis": jnp.ones((4, 3))})
+    checkpoints = pretrain.run_folder.Checkpoints(tmp_path)
+    with pytest.raises(ValueError, match=words):
+        checkpoints.check_shapes(jax.eval_shape(tx.init, params))
+    checkpoints.check_shapes(jax.eval_shape(sumo_optax.scale_by_sumo(2).init, params))
 
 
 @pytest.mark.slow

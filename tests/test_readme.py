@@ -49,3 +49,17 @@ def test_step_table_is_the_recorded_one():
         for r in rows
     ]
     assert sum(line in lines for line in recorded) == 10
+
+
+def test_faults_are_the_recorded_ones():
+    (row,) = json.loads((ROOT / "benchmarks/results/faults.json").read_text())["rows"]
+    words = " ".join(README.split())
+    for figure in (
+        f"killed with SIGKILL {row['kills']} times",
+        f"{row['kills_while_saving']} of them while it saved a checkpoint",
+        f"{row['kills_while_stepping']} during steps and refreshes",
+        f"{row['kills_before_the_first_step']} before its first step",
+        f"{row['runs_lost']} runs lost, {row['checkpoints_lost']} checkpoints lost",
+        f"{row['parameters_differing']} of {row['parameters_compared']:,} parameters",
+    ):
+        assert figure in words

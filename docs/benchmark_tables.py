@@ -1,0 +1,72 @@
+"""Writes a Markdown table of every file in benchmarks/results, for pages to include."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import record
+
+# What has a better title or format than its own; bytes are told in MiB.
+COLUMNS = {
+    "learning_rate": ("learning rate", "{:g}"),
+    "validation_loss": ("validation loss", "{:.4f}"),
+    "seconds": ("seconds", "{:.0f}"),
+    "step_ms": ("step, ms", "{:.0f}"),
+    "over_adamw": ("over AdamW's", "{:.2f}"),
+    "worst_over_median": ("worst over median", "{:.2f}"),
+    "refresh_ms": ("first step, ms", "{:.0f}"),
+    "compile_s": ("compilation, s", "{:.0f}"),
+    "state_bytes": ("state, MiB", "{:.1f}"),
+    "step_bytes": ("sent in a step, MiB", "{:.2f}"),
+    "refresh_bytes": ("sent in a refresh, MiB", "{:.2f}"),
+    "largest_bytes": ("largest, MiB", "{:.2f}"),
+    "temporary_over_gradient_bytes": ("temporaries / gradients", "{:.2f}"),
+    "kinds": ("collectives of a step", "{}"),
+    "gigaflop": ("GFLOP", "{:.0f}"),
+    "temporary_bytes": ("temporaries, MiB", "{:.0f}"),
+    "returned_bytes": ("returned, MiB", "{:.0f}"),
+    "reduced_bytes": ("all-reduced, MiB", "{:.1f}"),
+    "over_whole_gigaflop": ("GFLOP over whole ones'", "{:.2f}"),
+    "over_whole_memory": ("memory over theirs", "{:.2f}"),
+    "over_whole_time": ("time over theirs", "{:.2f}"),
+    "over_whole_reduced": ("all-reduced over theirs", "{:.2f}"),
+}
+LEFT_OUT = {"worst_ms", "steps", "tokens"}
+
+
+def write(folder: Path, named: str) -> None:
+    """One file for each of the results; those that `named` does not name also in others.md."""
+    folder.mkdir(exist_ok=True)
+    others = []
+    for path in sorted(record.RESULTS.glob("*.json")):
+        text = page(json.loads(path.read_text()))
+        (folder / f"{path.stem}.md").write_text(text)
+        if f"{path.stem}.md" not in named:
+            others.append(f"## {path.stem.replace('_', ' ')}\n\n{text}")
+    (folder / "others.md").write_text("\n".join(others))
+
+
+def page(results: dict[str, Any]) -> str:
+    """The rows as a table, and where they were measured."""
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    return (
+        f"{table(results['rows'])}\n\n"
+        f"`{results['command']}`, {results['date']}; {results['machine']}; {versions}.\n"
+    )
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    values = {key: value for row in rows for key, value in row.items()}
+    keys = [k for k, x in values.items() if not isinstance(x, list | dict) and k not in LEFT_OUT]
+    columns = {COLUMNS.get(k, (k.replace("_", " "), ""))[0]: f"{{{k}}}" for k in keys}
+    return record.table([{k: text(k, row.get(k)) for k in keys} for row in rows], columns)
+
+
+def text(key: str, value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float) and key not in COLUMNS:
+        return f"{value:.4g}"
+    if key.endswith("_bytes") and isinstance(value, int):
+        value /= 2**20
+    return COLUMNS.get(key, ("", "{}"))[1].format(value)

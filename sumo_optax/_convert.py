@@ -1,0 +1,346 @@
+"""States of other ranks and other optimizers: refused, or made a start for SUMO or MoFaSGD."""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from sumo_optax import _check
+from sumo_optax._axes import (
+    MatrixAxes,
+    Path,
+    PyTree,
+    WeightDimensionNumbers,
+    named_leaves,
+    path_names,
+    path_string,
+    resolve,
+)
+from sumo_optax._in_subspace import SubspaceState
+from sumo_optax._linalg import svd
+from sumo_optax._matrix import matrix_view
+from sumo_optax._mofasgd import MofasgdState
+from sumo_optax._sumo import SumoState
+
+_OURS = (SumoState, MofasgdState)
+# optax.contrib has it from optax 0.2.7 on.
+_GALORE = getattr(optax.contrib, "GaLoreState", ())
+_ADAM = optax.ScaleByAdamState
+_DIFFERENCES_SHOWN = 5
+
+
+def check_state(state: PyTree, expected: PyTree) -> None:
+    """Refuses a state of another rank, optimizer or layout, naming what differs.
+
+    Args:
+      state: tree of anything with ``shape`` and ``dtype``: arrays, ``jax.ShapeDtypeStruct``, or
+        what Orbax says of a checkpoint before it is restored (``item_metadata(step)``).
+      expected: the same for what is wanted, such as ``jax.eval_shape(tx.init, params)``.
+
+    Raises:
+      ValueError: a path, shape or dtype is not the same; with the first of them.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, sumo_optax
+      >>> params = {"dense": {"kernel": jnp.ones((16, 8))}}
+      >>> state = sumo_optax.scale_by_mofasgd(2).init(params)
+      >>> tx = sumo_optax.scale_by_mofasgd(4)
+      >>> sumo_optax.check_state(state, jax.eval_shape(tx.init, params))
+      Traceback (most recent call last):
+      ...
+      ValueError: basis/dense/kernel was float32[16, 2], now float32[16, 4]; \
+row_basis/dense/kernel was float32[8, 2], now float32[8, 4]; \
+singular_values/dense/kernel was float32[2], now float32[4]
+    """
+    kind = lambda x: f"{np.dtype(x.dtype)}{list(x.shape)}"
+    then = {path: kind(x) for path, x in named_leaves(state).items()}
+    now = {path: kind(x) for path, x in named_leaves(expected).items()}
+    differences = [
+        f"{path_string(path)} was {then.get(path, 'absent')}, now {now.get(path, 'absent')}"
+        for path in sorted(now | then)
+        if then.get(path) != now.get(path)
+    ]
+    if differences:
+        more = len(differences) - _DIFFERENCES_SHOWN
+        rest = [f"and {more} more"] if more > 0 else []
+        raise ValueError("; ".join(differences[:_DIFFERENCES_SHOWN] + rest))
+
+
+def convert_state(
+    state: PyTree,
+    tx: optax.GradientTransformation,
+    params: PyTree,
+    *,
+    weight_dimension_numbers: WeightDimensionNumbers | None = None,
+    adam_b1: jax.typing.ArrayLike = 0.9,
+) -> PyTree:
+    r"""The state of another rank or optimizer as a state of `tx`, to go on with.
+
+    Every matrix's first moment is factorised, :math:`U \,\mathrm{diag}(s)\, V^\top`, and its r
+    largest singular values are kept, the best approximation of rank r:
+
+    .. math:: Q = U_r, \qquad M = \mathrm{diag}(s_r)\, V_r^\top
+
+    for SUMO, and :math:`U_r, s_r, V_r` for MoFaSGD. Where r is larger than before, random
+    orthonormal columns complete the bases, with zeros for moment and singular values: the first
+    moment stays what it was. From SUMO and MoFaSGD it is :math:`Q M` and
+    :math:`U \,\mathrm{diag}(s)\, V^\top`; from AdamW ``mu``, from ``optax.contrib.galore``
+    :math:`P` ``mu``, both over :math:`1 - b_1`, since Adam holds a mean where SUMO and MoFaSGD
+    hold a sum.
+
+    Counters stand where they stood, so that schedules go on. SUMO's limit on the growth of the
+    norm starts afresh where the moment is another, having nothing to compare with, and so does a
+    matrix without any moment yet. If both states are alike in all else, all else is kept;
+    otherwise the leaves that are no matrices keep their Adam's moments, and the rest is new.
+
+    Args:
+      state: what ``tx.init`` or ``tx.update`` of SUMO, MoFaSGD, ``optax.contrib.galore`` with
+        Adam, or any optimizer made of ``optax.scale_by_adam`` gave, alone or inside ``chain``,
+        ``partition`` and other wrappers.
+      tx: an optimizer with :func:`scale_by_sumo` or :func:`scale_by_mofasgd` in it.
+      params: the parameters, or arrays like them.
+      weight_dimension_numbers: that of `tx`, which the states of AdamW and GaLore need.
+      adam_b1: :math:`b_1` in [0, 1) of the Adam that `state` is of.
+
+    Returns:
+      A state like ``tx.init(params)``. Whole matrices are factorised: on a mesh, put it where
+      :func:`state_shardings` says.
+
+    Raises:
+      ValueError: `tx` or `state` is none of the above; a matrix of `tx` has no first moment in
+        `state`, or one of another shape.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, sumo_optax
+      >>> params = {"dense": {"kernel": jnp.ones((16, 8)), "bias": jnp.ones(8)}}
+      >>> adamw, tx = optax.adamw(1e-3), sumo_optax.sumo(1e-2, rank=4)
+      >>> _, state = adamw.update(params, adamw.init(params), params)
+      >>> state = sumo_optax.convert_state(state, tx, params)
+      >>> state[0].moment["dense"]["kernel"].shape
+      (4, 8)
+    """
+    _check.number("adam_b1", adam_b1, least=0, below=1)
+    fresh, sources = tx.init(params), list(_sources(state))
+    if not any(map(_is_ours, _sources(fresh))):
+        raise ValueError(f"tx must hold SUMO or MoFaSGD, got one with {_names(fresh)}")
+    moments = {  # of two for one leaf, ours
+        path: (x, arrays)
+        for x in sorted(sources, key=_is_ours)
+        for path, arrays in _held(x).items()
+    }
+    if not moments:
+        raise ValueError(
+            "state must hold first moments of SUMO, MoFaSGD, optax.contrib.galore with Adam or"
+            f" optax.scale_by_adam, got one with {_names(state)}"
+        )
+    specs = resolve(weight_dimension_numbers, params)
+    axes = {
+        path: (jnp.shape(x), spec)
+        for (path, x), spec in zip(named_leaves(params).items(), specs, strict=True)
+    }
+    adams = _adam_moments(state)
+
+    def convert(x):
+        if not _is_ours(x):
+            return x
+        new = {
+            path: _start(path, x, arrays, moments, axes, 1 / (1 - adam_b1))
+            for path, arrays in _held(x).items()
+        }
+        owner = next((moments[path][0] for path in new), sources[0])
+        others = _rest(getattr(owner, "fallback", None), x.fallback, adams, owner.count)
+        fields = [
+            jax.tree_util.tree_map_with_path(lambda path, _, i=i: new[path_names(path)][i], field)
+            for i, field in enumerate(x[1:-2])
+        ]
+        return type(x)(owner.count, *fields, others, getattr(owner, "skipped", x.skipped))
+
+    with jax.default_matmul_precision("highest"):
+        converted = jax.tree.map(convert, fresh, is_leaf=_is_ours)
+    return _rest(state, converted, adams, sources[0].count)
+
+
+def _is_ours(x: Any) -> bool:
+    return isinstance(x, _OURS)
+
+
+def _sources(state: PyTree) -> Iterator[Any]:
+    """The states, anywhere inside a state, of transformations that hold first moments."""
+    known = (*_OURS, SubspaceState, _GALORE, _ADAM)
+    for x in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, known)):
+        if isinstance(x, known):
+            yield x
+        if isinstance(x, (*_OURS, SubspaceState)):
+            yield from _sources(x.fallback)
+
+
+def _names(state: PyTree) -> str:
+    """What holds first moments in a state, for a message."""
+    return ", ".join(dict.fromkeys(type(x).__name__ for x in _sources(state))) or "none of these"
+
+
+def _held(x: Any) -> dict[Path, tuple[jax.Array, ...]]:
+    """What a state holds for each leaf that it has a first moment of, as far as we can read it."""
+    if _is_ours(x):
+        trees = x[1:-2]
+    elif isinstance(x, _GALORE) and isinstance(x.base_optimizer_state, _ADAM):
+        trees = (x.projector, x.base_optimizer_state.mu)
+    elif isinstance(x, _ADAM):
+        trees = (x.mu,)
+    else:
+        return {}
+    columns = [named_leaves(tree) for tree in trees]
+    return {path: tuple(column[path] for column in columns) for path in columns[0]}
+
+
+def _start(
+    path: Path,
+    target: Any,
+    fresh: tuple[jax.Array, ...],
+    moments: dict[Path, tuple[Any, tuple[jax.Array, ...]]],
+    axes: dict[Path, tuple[tuple[int, ...], MatrixAxes | None]],
+    sum_over_mean: jax.typing.ArrayLike,
+) -> tuple[jax.Array, ...]:
+    """The arrays of `target` for one leaf."""
+    if path not in moments:
+        seen = ", ".join(map(path_string, moments))
+        raise ValueError(f"state holds no first moment of {path_string(path)}; it has: {seen}")
+    source, held = moments[path]
+    if type(source) is type(target) and [x.shape for x in held] == [x.shape for x in fresh]:
+        return tuple(x.astype(y.dtype) for x, y in zip(held, fresh, strict=True))
+    L, R = _factors(path, source, held, *axes[path])
+    if not _is_ours(source):
+        R = sum_over_mean * R
+    *batch, m, r = fresh[0].shape
+    n = fresh[-1].shape[-2] if isinstance(target, MofasgdState) else fresh[1].shape[-1]
+    given = (*L.shape[:-1], R.shape[-1])
+    if given != (*batch, m, n):
+        raise ValueError(
+            f"at {path_string(path)} state has {_matrices(given)}, tx has"
+            f" {_matrices((*batch, m, n))}"
+        )
+    U, s, V = _truncated_svds(r, L, R)
+    if isinstance(target, MofasgdState):
+        new = U, s, V
+    else:
+        _, _, norm, captured = fresh
+        new = U, s[..., None] * V.mT, norm, captured
+    moved = s[..., 0] > 0
+    pick = lambda x, y: jnp.where(moved.reshape(moved.shape + (1,) * (y.ndim - moved.ndim)), x, y)
+    return tuple(pick(x, y).astype(y.dtype) for x, y in zip(new, fresh, strict=True))
+
+
+def _matrices(shape: tuple[int, ...]) -> str:
+    *batch, m, n = shape
+    return f"{batch} matrices {m} x {n}" if batch else f"a matrix {m} x {n}"
+
+
+def _factors(
+    path: Path,
+    source: Any,
+    held: tuple[jax.Array, ...],
+    shape: tuple[int, ...],
+    axes: MatrixAxes | None,
+) -> tuple[jax.Array, jax.Array]:
+    """L (*batch, m, k) and R (*batch, k, n) of a first moment L R, in at least float32."""
+    held = tuple(x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in held)
+    if isinstance(source, SumoState):
+        Q, M, *_ = held
+        return Q, M
+    if isinstance(source, MofasgdState):
+        U, s, V = held
+        return U * s[..., None, :], V.mT
+    if axes is None:
+        raise ValueError(
+            f"tx has a matrix at {path_string(path)}, weight_dimension_numbers has none there; give"
+            " those of tx"
+        )
+    view = matrix_view(shape, axes)
+    *projector, mu = held
+    if projector and projector[0].size:  # GaLore too has its basis on the longer side
+        return projector[0], mu if view.m_axes == axes[0] else mu.T
+    if mu.shape != shape:
+        raise ValueError(
+            f"state has a first moment of shape {mu.shape} at {path_string(path)}, the parameter"
+            f" has {shape}"
+        )
+    return view.to_matrices(mu), jnp.eye(view.n, dtype=mu.dtype)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _truncated_svds(r: int, L: jax.Array, R: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    rule = functools.partial(_truncated_svd, r)
+    return jnp.vectorize(rule, signature="(m,k),(k,n)->(m,r),(r),(n,r)")(L, R)
+
+
+def _truncated_svd(r: int, L: jax.Array, R: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The r largest singular values of L R and their vectors, made up to r if fewer."""
+    Q, T = jnp.linalg.qr(L)
+    U, s, V = svd(T @ R)
+    return _of_width(r, Q @ U), jnp.pad(s[:r], (0, max(0, r - s.size))), _of_width(r, V)
+
+
+def _of_width(r: int, columns: jax.Array) -> jax.Array:
+    """The first r of some orthonormal columns, or all and random ones to make up r."""
+    m, k = columns.shape
+    if k >= r:
+        return columns[:, :r]
+    random = jax.random.normal(jax.random.key(0), (m, r - k), columns.dtype)
+    made_up = jnp.linalg.qr(jnp.concatenate([columns, random], axis=1))[0][:, k:]
+    return jnp.concatenate([columns, made_up], axis=1)
+
+
+def _adam_moments(state: PyTree) -> dict[Path, tuple[jax.Array, jax.Array]]:
+    """Adam's two moments of each leaf, from wherever in the state."""
+    is_adam = lambda x: isinstance(x, _ADAM)
+    found = {}
+    for x in filter(is_adam, jax.tree.leaves(state, is_leaf=is_adam)):
+        nu = named_leaves(x.nu)
+        found |= {path: (mu, nu[path]) for path, mu in named_leaves(x.mu).items()}
+    return found
+
+
+def _rest(
+    old: PyTree,
+    new: PyTree,
+    adams: dict[Path, tuple[jax.Array, jax.Array]],
+    count: jax.Array,
+) -> PyTree:
+    """All that is no state of ours: the old if it is alike, else the new with Adam's moments."""
+    olds, old_structure = jax.tree.flatten(old, is_leaf=_is_ours)
+    news, structure = jax.tree.flatten(new, is_leaf=_is_ours)
+    if structure == old_structure and all(map(_alike, olds, news)):
+        return structure.unflatten(
+            [y if _is_ours(y) else x for x, y in zip(olds, news, strict=True)]
+        )
+
+    def moment(i, path, y):
+        x = adams.get(path_names(path), (None, None))[i]
+        if x is None or x.shape != y.shape:
+            raise ValueError(
+                f"tx has Adam for {path_string(path_names(path))}, of which state holds no Adam's"
+                f" moments of shape {y.shape}"
+            )
+        return x.astype(y.dtype)
+
+    def carry(path, x):
+        if isinstance(x, _ADAM):
+            mu, nu = (
+                jax.tree_util.tree_map_with_path(functools.partial(moment, i), tree)
+                for i, tree in enumerate((x.mu, x.nu))
+            )
+            return x._replace(count=count, mu=mu, nu=nu)
+        return count if path_names(path)[-1:] == ("count",) and jnp.ndim(x) == 0 else x
+
+    is_leaf = lambda x: isinstance(x, (*_OURS, _ADAM))
+    return jax.tree_util.tree_map_with_path(carry, new, is_leaf=is_leaf)
+
+
+def _alike(old: Any, new: Any) -> bool:
+    if _is_ours(old) or _is_ours(new):
+        return _is_ours(old) and _is_ours(new)
+    return (jnp.shape(old), jnp.result_type(old)) == (jnp.shape(new), jnp.result_type(new))

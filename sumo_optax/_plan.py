@@ -1,0 +1,234 @@
+"""What training a LLaMA will hold on each device, before any of it is made."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+
+from sumo_optax._axes import PyTree, flax_dimension_numbers
+from sumo_optax._in_subspace import scale_in_subspace
+from sumo_optax._mofasgd import mofasgd
+from sumo_optax._online_subspace_descent import online_subspace_descent
+from sumo_optax._report import in_words, table
+from sumo_optax._sharding import abstract_state
+from sumo_optax._sumo import sumo
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+
+class Model(NamedTuple):
+    """The shape of a LLaMA without biases."""
+
+    vocab: int
+    width: int
+    hidden: int
+    layers: int
+    query_width: int  # heads times the width of one
+    key_width: int  # the same of keys and values
+    tied: bool = False  # whether the embedding is the output head as well
+
+
+def _preset(width: int, hidden: int, layers: int, vocab: int = 32_000) -> Model:
+    return Model(vocab, width, hidden, layers, width, width)
+
+
+# Those of examples/pretrain.py: a byte-level one, and GaLore's (arXiv 2403.03507, appendix C).
+PRESETS = {
+    "tiny": _preset(128, 344, 4, vocab=256),
+    "60m": _preset(512, 1376, 8),
+    "130m": _preset(768, 2048, 12),
+    "350m": _preset(1024, 2736, 24),
+    "1b": _preset(2048, 5461, 24),
+    "7b": _preset(4096, 11008, 32),
+}
+
+
+class Row(NamedTuple):
+    """Bytes on one device with one optimizer."""
+
+    optimizer: str
+    parameters: int
+    gradients: int
+    state: int
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.gradients + self.state
+
+
+class Plan(NamedTuple):
+    """What `plan` returns: data by its fields, a table by `str`, JSON by `as_json`."""
+
+    model: str
+    parameters: int  # how many, all devices together
+    dtype: str
+    rank: int
+    mesh: dict[str, int]
+    rows: tuple[Row, ...]
+
+    def __str__(self) -> str:
+        devices = math.prod(self.mesh.values())
+        mesh = ",".join(f"{name}={size}" for name, size in self.mesh.items())
+        where = f"on each of {devices} devices ({mesh})" if devices > 1 else "on one device"
+        header = ("optimizer", "parameters", "gradients", "state", "total", "state / AdamW's")
+        adamw = self.rows[0].state
+        rows = [
+            (x.optimizer, *map(in_words, (*x[1:], x.total)), f"{x.state / adamw:.2f}")
+            for x in self.rows
+        ]
+        return (
+            f"{self.model}: {self.parameters:,} parameters in {self.dtype}, rank {self.rank};"
+            f" {where}:\n\n{table([header, *rows])}\n\n"
+            "Activations and what a step needs for a moment are not in it."
+        )
+
+    def as_json(self) -> str:
+        rows = [{**x._asdict(), "total": x.total} for x in self.rows]
+        return json.dumps({**self._asdict(), "rows": rows}, indent=2)
+
+
+def plan(name: str, model: Model, *, rank: int, mesh: dict[str, int], dtype: str) -> Plan:
+    """Bytes of parameters, gradients and optimizer state per device; nothing is allocated."""
+    params = parameters(model, jnp.dtype(dtype))
+    placed = None
+    if math.prod(mesh.values()) > 1:
+        types = (AxisType.Auto,) * len(mesh)
+        placed = shardings(
+            AbstractMesh(tuple(mesh.values()), tuple(mesh), axis_types=types), params
+        )
+        params = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, placed
+        )
+    held = bytes_on_a_device(params)
+    rows = []
+    for optimizer, tx in optimizers(rank).items():
+        state = (
+            jax.eval_shape(tx.init, params)
+            if placed is None
+            else abstract_state(tx, params, placed)
+        )
+        rows.append(Row(optimizer, held, held, bytes_on_a_device(state)))
+    count = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
+    return Plan(name, count, dtype, rank, mesh, tuple(rows))
+
+
+def optimizers(rank: int) -> dict[str, optax.GradientTransformation]:
+    """AdamW first; the others train embedding, head and norms with Adam."""
+    galore = scale_in_subspace(optax.scale_by_adam(), rank, basis="svd")
+    return {
+        "AdamW": optax.adamw(1.0),
+        "Muon": optax.contrib.muon(1.0, muon_weight_dimension_numbers=flax_dimension_numbers),
+        "GaLore": optax.chain(galore, optax.scale_by_learning_rate(1.0)),
+        "SUMO": sumo(1.0, rank),
+        "Online Subspace Descent": online_subspace_descent(1.0, rank),
+        "MoFaSGD": mofasgd(1.0, rank),
+    }
+
+
+def parameters(model: Model, dtype: Any) -> PyTree:
+    """Shapes of the parameters, all layers stacked."""
+    array = lambda *shape: jax.ShapeDtypeStruct(shape, dtype)
+    kernel = lambda *shape: {"kernel": array(model.layers, *shape)}
+    norm = {"scale": array(model.layers, model.width)}
+    d, h = model.width, model.hidden
+    head = {} if model.tied else {"lm_head": {"kernel": array(d, model.vocab)}}
+    return {
+        "embed_tokens": {"embedding": array(model.vocab, d)},
+        "layers": {
+            "input_layernorm": norm,
+            "self_attn": {
+                "q_proj": kernel(d, model.query_width),
+                "k_proj": kernel(d, model.key_width),
+                "v_proj": kernel(d, model.key_width),
+                "o_proj": kernel(model.query_width, d),
+            },
+            "post_attention_layernorm": norm,
+            "mlp": {
+                "gate_proj": kernel(d, h),
+                "up_proj": kernel(d, h),
+                "down_proj": kernel(h, d),
+            },
+        },
+        "norm": {"scale": array(d)},
+    } | head
+
+
+def shardings(mesh: AbstractMesh, params: PyTree) -> PyTree:
+    """Matrices over `fsdp` and `tensor` along their last two axes, all else on every device.
+
+    Projections that end a block split their inputs over `tensor`, the embedding its rows. An axis
+    that the devices do not divide stays whole.
+    """
+
+    def sharding(path, x):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        axes: tuple[str | None, str | None] = ("fsdp", "tensor")
+        if "o_proj" in name or "down_proj" in name:
+            axes = ("tensor", "fsdp")
+        elif "embed_tokens" in name:
+            axes = ("tensor", None)
+        entries: list[str | None] = [None] * len(x.shape)
+        if "norm" not in name:
+            entries[-2:] = [
+                a if a in mesh.shape and size % mesh.shape[a] == 0 else None
+                for a, size in zip(axes, x.shape[-2:], strict=True)
+            ]
+        return NamedSharding(mesh, PartitionSpec(*entries))
+
+    return jax.tree.map_with_path(sharding, params)
+
+
+def bytes_on_a_device(tree: PyTree) -> int:
+    """Of arrays or shapes; all of an array that has no sharding."""
+    shape = lambda x: x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
+    return sum(math.prod(shape(x)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """`data=2,fsdp=4` as sizes by name."""
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, size = part.partition("=")
+        if name not in MESH_AXES or name in sizes or not size.isdecimal() or int(size) < 1:
+            raise ValueError(
+                f"--mesh takes data=N,fsdp=N,tensor=N, any of them, each N at least 1, got {text!r}"
+            )
+        sizes[name] = int(size)
+    return sizes
+
+
+def read_config(path: Path) -> Model:
+    """The shape in a config.json of a Hugging Face LLaMA."""
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind not in ("llama", "mistral"):
+        raise ValueError(f"{path}: model_type must be 'llama' or 'mistral', got {kind!r}")
+    for name in ("attention_bias", "mlp_bias"):
+        if config.get(name):
+            raise ValueError(f"{path}: {name} must be false, models with biases are not known here")
+
+    def size(name, default=None):
+        value = config.get(name) or default
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{path}: {name} must be an integer of at least 1, got {value!r}")
+        return value
+
+    width, heads = size("hidden_size"), size("num_attention_heads")
+    head_width = size("head_dim", width // heads)
+    return Model(
+        vocab=size("vocab_size"),
+        width=width,
+        hidden=size("intermediate_size"),
+        layers=size("num_hidden_layers"),
+        query_width=heads * head_width,
+        key_width=size("num_key_value_heads", heads) * head_width,
+        tied=bool(config.get("tie_word_embeddings")),
+    )

@@ -1,0 +1,221 @@
+"""Gradients in the subspace: what an optimizer reads of a gradient, without forming the gradient.
+
+QᵀG is the gradient with respect to a zero r x n matrix Z in y = x (W + QZ), and GV that with
+respect to a zero m x r one in y = x (W + ZVᵀ). Where a weight is only multiplied, y = x W and
+G = xᵀ dy,
+
+    QᵀG = (x Q)ᵀ dy,    GV = xᵀ (dy V),
+
+so that backpropagation takes thin products instead of one that is m x n. The loss is traced and its
+products with such weights are replaced, so that no layer has to know of it; `_thin_products` says
+how one weight and one product meet.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+from jax.interpreters import partial_eval
+
+from sumo_optax._axes import PyTree, WeightDimensionNumbers, named_leaves
+from sumo_optax._linalg import ProjectedGradient
+from sumo_optax._matrix import View, matrix_views
+from sumo_optax._report import low_rank_states
+from sumo_optax._thin_products import Weight, as_array, product, reshaped, transposed
+
+
+def subspace_value_and_grad(
+    fun: Callable[..., Any],
+    *,
+    has_aux: bool = False,
+    weight_dimension_numbers: WeightDimensionNumbers | None = None,
+) -> Callable[..., Any]:
+    r"""Like ``jax.value_and_grad``, but with projected gradients of matrices.
+
+    For a matrix with basis :math:`Q` and, for MoFaSGD, row basis :math:`V` in the optimizer's
+    state, the gradient's leaf holds :math:`Q^\top G` and :math:`G V` alone. Where the loss uses the
+    matrix in products :math:`y = x W` only, the m x n array :math:`G` is never formed:
+
+    .. math:: Q^\top G = (x Q)^\top \bar y, \qquad G V = x^\top (\bar y V)
+
+    Such a gradient tree can be summed over micro-batches, averaged over devices and clipped (its
+    norm is then that of what is kept), and is taken by the `update` of the optimizers here, with
+    the parameters as its third argument.
+
+    Args:
+      fun: the loss as a function of the parameters and whatever else; the parameters come first.
+      has_aux: whether `fun` returns a pair of the loss and more.
+      weight_dimension_numbers: the optimizer's.
+
+    Returns:
+      A function of the parameters, the optimizer's state, and the other arguments of `fun`, which
+      gives the loss (or the pair) and a tree of gradients. Its keyword `full`, a Python bool, asks
+      for whole gradients: at the first step, and at every step that refreshes the basis.
+
+    Raises:
+      ValueError: the optimizer's state has no basis; and, by `update`, the optimizer reads more of
+        a gradient: SUMO does with a residual and with a basis that tracks the gradient at every
+        step, Online Subspace Descent always.
+
+    Examples:
+      >>> import functools, jax, jax.numpy as jnp, optax, sumo_optax
+      >>> tx = sumo_optax.sumo(
+      ...     0.1, rank=2, basis="randomized_svd", refresh_every=10, residual=None
+      ... )
+      >>> loss = lambda params, x: jnp.mean((x @ params["dense"]["kernel"]) ** 2)
+      >>> value_and_grad = sumo_optax.subspace_value_and_grad(loss)
+      >>> @functools.partial(jax.jit, static_argnames="full")
+      ... def train_step(params, state, x, full):
+      ...     value, grads = value_and_grad(params, state, x, full=full)
+      ...     updates, state = tx.update(grads, state, params)
+      ...     return optax.apply_updates(params, updates), state, value
+      >>> params = {"dense": {"kernel": jnp.ones((16, 8))}}
+      >>> state = tx.init(params)
+      >>> for step in range(20):
+      ...     x = jax.random.normal(jax.random.key(step), (64, 16))
+      ...     params, state, value = train_step(params, state, x, full=step % 10 == 0)
+      >>> bool(loss(params, jnp.eye(16)) < 0.9)  # it was 1
+      True
+
+    References:
+      That MoFaSGD reads these two products alone is in `arXiv 2507.08091
+      <https://arxiv.org/abs/2507.08091>`_, section 4.
+    """
+
+    def value_and_grad(params, state, *args, full: bool = False, **kwargs):
+        if full:
+            return jax.value_and_grad(fun, has_aux=has_aux)(params, *args, **kwargs)
+        leaves, treedef = jax.tree.flatten(params)
+        views = matrix_views(params, weight_dimension_numbers)
+        bases = _bases(params, state, views)
+        traced, shapes = jax.make_jaxpr(
+            lambda *leaves: fun(treedef.unflatten(leaves), *args, **kwargs), return_shape=True
+        )(*leaves)
+        # Loops that hand weights on unchanged, as Flax's do, would form their whole gradients.
+        jaxpr, _ = partial_eval.dce_jaxpr(traced.jaxpr, [True] * len(traced.out_avals), True)
+
+        def of_variables(variables):
+            inputs = [
+                x if view is None else Weight.of(leaf, view, *basis, probe=x)
+                for leaf, x, view, basis in zip(leaves, variables, views, bases, strict=True)
+            ]
+            outputs = map(as_array, _evaluate(jaxpr, traced.consts, inputs))
+            return jax.tree.unflatten(jax.tree.structure(shapes), outputs)
+
+        variables = [
+            leaf if view is None else _zero(leaf, view, *basis)
+            for leaf, view, basis in zip(leaves, views, bases, strict=True)
+        ]
+        value, grads = jax.value_and_grad(of_variables, has_aux=has_aux)(variables)
+        return value, treedef.unflatten(grads)
+
+    return value_and_grad
+
+
+def _bases(params: PyTree, state: PyTree, views: list[View | None]):
+    """For each leaf, the basis of its rows' side, m, and of its columns' side, n, where held."""
+    left, right = {}, {}
+    for ours in low_rank_states(state):
+        left |= named_leaves(ours.basis)
+        right |= named_leaves(getattr(ours, "row_basis", ()))
+    if not left:
+        raise ValueError("the optimizer's state has no basis: it is none of a low-rank optimizer")
+    bases = []
+    for path, view in zip(named_leaves(params), views, strict=True):
+        P, V = left.get(path), right.get(path)
+        on_n = view is not None and P is not None and P.shape[-2] != view.m
+        bases.append((None, P) if on_n else (P, V))
+    return bases
+
+
+def _zero(leaf: jax.Array, view: View, Q: Any, V: Any) -> ProjectedGradient:
+    """The gradient's place in the tree of variables."""
+    zeros = lambda *shape: jnp.zeros((*view.batch, *shape), leaf.dtype)
+    return ProjectedGradient(
+        None if Q is None else zeros(Q.shape[-1], view.n),
+        None if V is None else zeros(view.m, V.shape[-1]),
+        view.leaf_shape,
+    )
+
+
+def _evaluate(jaxpr: core.Jaxpr, consts: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
+    """Runs a program some of whose inputs are weights with probes."""
+    values: dict[core.Var, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+    values |= zip(jaxpr.invars, inputs, strict=True)
+    read = lambda x: x.val if isinstance(x, core.Literal) else values[x]
+    for eqn in jaxpr.eqns:
+        arguments = [read(x) for x in eqn.invars]
+        rule = _RULES.get(eqn.primitive.name)
+        if rule is None or not any(isinstance(x, Weight) for x in arguments):
+            rule = _bind
+        values |= zip(eqn.outvars, rule(eqn, *arguments), strict=True)
+    return [read(x) for x in jaxpr.outvars]
+
+
+def _bind(eqn: core.JaxprEqn, *arguments: Any) -> list[Any]:
+    """The primitive as it is; a weight enters it as an array whose gradient is projected."""
+    found = eqn.primitive.get_bind_params(eqn.params)
+    # Older versions of jax give a pair.
+    functions, parameters = found if isinstance(found, tuple) else ((), found)
+    outputs = eqn.primitive.bind(*functions, *map(as_array, arguments), **parameters)
+    return outputs if eqn.primitive.multiple_results else [outputs]
+
+
+def _dot_general(eqn: core.JaxprEqn, a: Any, b: Any) -> list[Any]:
+    out = product(a, b, eqn.params)
+    return _bind(eqn, a, b) if out is None else [out]
+
+
+def _shaped(rule, eqn: core.JaxprEqn, weight: Any) -> list[Any]:
+    """Operations that leave a weight a weight, if in another type or order of its axes."""
+    [value] = _bind(eqn, weight.value)
+    new = rule(weight, value, eqn.params)
+    return _bind(eqn, weight) if new is None else [new]
+
+
+def _inlined(eqn: core.JaxprEqn, *arguments: Any) -> list[Any]:
+    inner = eqn.params["jaxpr"]
+    return _evaluate(inner.jaxpr, inner.consts, arguments)
+
+
+def _checkpoint(eqn: core.JaxprEqn, *arguments: Any) -> list[Any]:
+    run = lambda *x: [as_array(y) for y in _evaluate(eqn.params["jaxpr"], [], x)]
+    options = {name: eqn.params[name] for name in ("prevent_cse", "policy")}
+    return jax.checkpoint(run, **options)(*arguments)
+
+
+def _scan(eqn: core.JaxprEqn, *arguments: Any) -> list[Any]:
+    """Weights may be the same at each turn, or stacked along their first axis."""
+    inner = eqn.params["jaxpr"]
+    fixed, carried = eqn.params["num_consts"], eqn.params["num_carry"]
+    consts = arguments[:fixed]
+    carry = [as_array(x) for x in arguments[fixed : fixed + carried]]
+    stacks = [
+        x if not isinstance(x, Weight) or x.is_stack() else as_array(x)
+        for x in arguments[fixed + carried :]
+    ]
+
+    def turn(carry, slices):
+        slices = [x.unstacked() if isinstance(x, Weight) else x for x in slices]
+        outputs = _evaluate(inner.jaxpr, inner.consts, [*consts, *carry, *slices])
+        outputs = [as_array(x) for x in outputs]
+        return outputs[:carried], outputs[carried:]
+
+    options = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
+    carry, outputs = jax.lax.scan(turn, carry, stacks, **options)
+    return [*carry, *outputs]
+
+
+_RULES = {
+    "dot_general": _dot_general,
+    "transpose": functools.partial(_shaped, transposed),
+    "reshape": functools.partial(_shaped, reshaped),
+    "convert_element_type": functools.partial(_shaped, lambda w, value, _: w.as_(value)),
+    "jit": _inlined,
+    "pjit": _inlined,
+    "checkpoint": _checkpoint,
+    "scan": _scan,
+}

@@ -1,0 +1,207 @@
+"""The memory planner against real arrays, real models and the programs of examples/."""
+
+import json
+import math
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import llama
+import mesh
+import optimizers
+import pytest
+import tokens
+from flax import nnx
+
+from sumo_optax import __main__ as program
+from sumo_optax import _plan, abstract_state
+
+SMALL = _plan.Model(vocab=64, width=32, hidden=48, layers=2, query_width=32, key_width=32)
+SHAPE = llama.LlamaConfig(vocab=64, width=32, hidden=48, heads=2, layers=2, scan_layers=True)
+MESHES = ["fsdp=8", "data=2,fsdp=2,tensor=2"]
+
+
+def rows_of(mesh_text=None, dtype="float32"):
+    sizes = {} if mesh_text is None else _plan.parse_mesh(mesh_text)
+    planned = _plan.plan("small", SMALL, rank=4, mesh=sizes, dtype=dtype)
+    return {row.optimizer: row for row in planned.rows}
+
+
+def real_parameters():
+    return nnx.to_pure_dict(nnx.state(llama.Llama(SHAPE, nnx.Rngs(0)), nnx.Param))
+
+
+def shapes(tree):
+    leaves = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): (x.shape, x.dtype) for path, x in leaves}
+
+
+def test_presets_are_those_of_pretrain():
+    assert list(_plan.PRESETS) == list(llama.PRESETS)
+    for name, model in _plan.PRESETS.items():
+        theirs = llama.PRESETS[name]
+        assert model[1:4] == (theirs.width, theirs.hidden, theirs.layers)
+        assert model.query_width == model.key_width == theirs.width
+    assert _plan.PRESETS["tiny"].vocab == tokens.ByteTokenizer.vocab
+
+
+def test_parameters_are_those_of_the_model_of_pretrain():
+    create = lambda: llama.Llama(SHAPE, nnx.Rngs(0))
+    theirs = nnx.to_pure_dict(nnx.state(nnx.eval_shape(create), nnx.Param))
+    assert shapes(_plan.parameters(SMALL, jnp.float32)) == shapes(theirs)
+
+
+@pytest.mark.parametrize("text", MESHES)
+def test_shardings_are_those_of_pretrain(text):
+    devices, params = mesh.parse(text), _plan.parameters(SMALL, jnp.float32)
+    spec = lambda tree: jax.tree.map(lambda x: x.spec, tree)
+    theirs = spec(mesh.parameter_shardings(devices, params))
+    assert spec(_plan.shardings(devices.abstract_mesh, params)) == theirs
+
+
+def test_bytes_of_adamw_by_hand():
+    row = rows_of(dtype="bfloat16")["AdamW"]
+    count = 2 * 64 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 48 + 2 * 32) + 32
+    assert row.parameters == row.gradients == 2 * count
+    assert row.state == 2 * 2 * count + 4
+    assert row.total == 8 * count + 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(_plan.optimizers(4)))
+def test_bytes_are_those_of_real_arrays(name):
+    params, tx = real_parameters(), _plan.optimizers(4)[name]
+    held = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
+    row = rows_of()[name]
+    assert (row.parameters, row.state) == (held(params), held(tx.init(params)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", MESHES)
+@pytest.mark.parametrize("name", list(_plan.optimizers(4)))
+def test_bytes_are_those_of_real_arrays_on_a_mesh(name, text):
+    devices, params, tx = mesh.parse(text), real_parameters(), _plan.optimizers(4)[name]
+    placed = mesh.parameter_shardings(devices, params)
+    params = jax.device_put(params, placed)
+    state_sharding = jax.tree.map(lambda x: x.sharding, abstract_state(tx, params, placed))
+    state = jax.jit(tx.init, out_shardings=state_sharding)(params)
+    first = jax.devices()[0]
+    held = lambda tree: sum(
+        s.data.nbytes
+        for x in jax.tree.leaves(tree)
+        for s in x.addressable_shards
+        if s.device == first
+    )
+    row = rows_of(text)[name]
+    assert (row.parameters, row.state) == (held(params), held(state))
+    assert row.parameters < sum(x.nbytes for x in jax.tree.leaves(params))
+
+
+@pytest.mark.slow
+def test_galore_holds_what_optax_holds():
+    options = {"learning_rate": 1.0, "adam_learning_rate": 1.0, "rank": 4, "weight_decay": 0.0}
+    unrolled = nnx.state(
+        nnx.eval_shape(
+            lambda: llama.Llama(llama.dataclasses.replace(SHAPE, scan_layers=False), nnx.Rngs(0))
+        ),
+        nnx.Param,
+    )
+    theirs = jax.eval_shape(optimizers.galore(**options).init, nnx.to_pure_dict(unrolled))
+    ours = jax.eval_shape(_plan.optimizers(4)["GaLore"].init, _plan.parameters(SMALL, jnp.float32))
+    floats = lambda tree: sum(
+        math.prod(x.shape) for x in jax.tree.leaves(tree) if x.dtype == jnp.float32
+    )
+    assert floats(theirs) == floats(ours)
+
+
+# Sizes of released models, as their cards have them.
+TINY_LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+}
+LLAMA_3_2_1B = TINY_LLAMA | {
+    "vocab_size": 128256,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "tie_word_embeddings": True,
+}
+MISTRAL_7B = TINY_LLAMA | {
+    "model_type": "mistral",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "count"),
+    [(TINY_LLAMA, 1_100_048_384), (LLAMA_3_2_1B, 1_235_814_400), (MISTRAL_7B, 7_241_732_096)],
+)
+def test_parameters_of_released_models(config, count, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    params = _plan.parameters(_plan.read_config(path), jnp.bfloat16)
+    assert sum(math.prod(x.shape) for x in jax.tree.leaves(params)) == count
+
+
+def test_table_and_json_say_the_same(capsys):
+    arguments = ["plan", "--preset", "tiny", "--rank", "16", "--mesh", "fsdp=8"]
+    assert program.main([*arguments, "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert program.main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(
+        "tiny: 857,216 parameters in bfloat16, rank 16; on each of 8 devices"
+    )
+    assert data["parameters"] == 857_216 and data["mesh"] == {"fsdp": 8}
+    for row in data["rows"]:
+        (line,) = (x for x in lines if x.startswith(row["optimizer"] + " "))
+        assert f"{row['state'] / data['rows'][0]['state']:.2f}" == line.split()[-1]
+        assert row["total"] == row["parameters"] + row["gradients"] + row["state"]
+    assert max(map(len, lines)) <= 100
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "arguments are required: plan"),
+        (["plan"], "one of the arguments --preset --config is required"),
+        (["plan", "--preset", "8b"], "invalid choice: '8b'"),
+        (["plan", "--preset", "7b", "--rank", "0"], "rank must be an integer of at least 1, got 0"),
+        (["plan", "--preset", "7b", "--mesh", "fsdp=0"], "got 'fsdp=0'"),
+        (["plan", "--preset", "7b", "--mesh", "fsdp=2,fsdp=4"], "got 'fsdp=2,fsdp=4'"),
+        (["plan", "--config", "{tmp}/none.json"], "No such file"),
+        (["plan", "--config", "{tmp}/broken.json"], "broken.json is no JSON"),
+        (["plan", "--config", "{tmp}/bert.json"], "must be 'llama' or 'mistral', got 'bert'"),
+        (["plan", "--config", "{tmp}/short.json"], "hidden_size must be an integer of at least 1"),
+        (["plan", "--config", "{tmp}/biased.json"], "attention_bias must be false"),
+    ],
+)
+def test_refuses_with_one_line(arguments, message, tmp_path, capsys):
+    files = {
+        "broken": "{",
+        "bert": '{"model_type": "bert"}',
+        "short": '{"model_type": "llama"}',
+        "biased": json.dumps(TINY_LLAMA | {"attention_bias": True}),
+    }
+    for name, content in files.items():
+        (tmp_path / f"{name}.json").write_text(content)
+    assert program.main([x.replace("{tmp}", str(tmp_path)) for x in arguments]) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.startswith("error: ") and message in err and err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_runs_as_a_module():
+    command = [sys.executable, "-m", "sumo_optax", "plan", "--preset", "7b", "--mesh", "fsdp=8"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0 and "6,738,415,616 parameters" in result.stdout
