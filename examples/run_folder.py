@@ -6,6 +6,7 @@ import logging
 import re
 import shutil
 import sys
+import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from itertools import count
@@ -20,7 +21,8 @@ import processes
 
 import sumo_optax
 
-# Orbax logs, with tracebacks, what it then raises.
+# Orbax logs, with tracebacks, what it then raises, and leaves coroutines that nothing awaits.
+warnings.filterwarnings("ignore", "coroutine 'async_serialize", RuntimeWarning)
 for name in ("absl", "asyncio"):
     logging.getLogger(name).setLevel(logging.CRITICAL)
 
