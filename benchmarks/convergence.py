@@ -1,78 +1,229 @@
-"""Validation loss of the pre-training example by optimizer and learning rate, for equal tokens.
+"""Which optimizer trains the pre-training example best, for equal tokens.
 
-python benchmarks/convergence.py           # 8 runs, about 20 minutes on two cores
-python benchmarks/convergence.py --optimizers adamw sumo muon galore mofasgd
-python benchmarks/convergence.py --quick   # one rate each, a few steps of a very small model
+python benchmarks/convergence.py                                  # all of it: many hours
+python benchmarks/convergence.py --only adamw sumo muon           # some
+python benchmarks/convergence.py --draw                           # table and figure of the record
+python benchmarks/convergence.py --quick                          # a few steps of a small model
 
-A run that is finished is not run again: stop and start as you like.
+Each one's learning rate walks along 1, 1.5, 2, 3, 5, 7, 10 ... from where it is guessed to be best,
+until the one below it and the two above it were worse; then two more seeds at the best. A run that
+is in the record is not run again: stop and start as you like, several at a time.
 """
 
 import contextlib
 import dataclasses
 import json
+import math
 import sys
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import tyro
+from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import pretrain
 import record
 
-# The optimizers and the peaks of their learning rates.
-SWEEP = {
-    "adamw": (1e-3, 2.5e-3, 5e-3, 1e-2),
-    "muon": (5e-3, 1e-2, 2e-2, 4e-2),
-    "galore": (5e-3, 1e-2, 2e-2, 4e-2),
-    "sumo": (5e-3, 1e-2, 1.5e-2, 2.5e-2),
-    "online_subspace_descent": (5e-3, 1e-2, 2e-2, 4e-2),
-    "mofasgd": (5e-3, 1e-2, 1.5e-2, 2.5e-2),
+RATES = [digit * 10.0**power for power in range(-4, 0) for digit in (1, 1.5, 2, 3, 5, 7)]
+SEEDS = (0, 1, 2)
+PUBLISHED = "basis=randomized_svd refresh_every=200 momentum=0.95 nesterov=False"
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """What is compared: an optimizer, how it differs from its default, where its rate may lie."""
+
+    optimizer: str
+    rate: float
+    settings: str = ""
+    rank: int | None = None
+
+
+STUDY = {
+    "adamw": Entry("adamw", 3e-3),
+    "optax muon": Entry("muon", 1e-2),
+    "optax galore": Entry("galore", 1e-2),
+    "optax galore, refresh_every=50": Entry("galore", 1e-2, "refresh_every=50"),
+    "sumo": Entry("sumo", 1.5e-2),
+    "sumo, Newton-Schulz": Entry("sumo", 1.5e-2, "polar=newton_schulz"),
+    "sumo, residual=None": Entry("sumo", 1.5e-2, "residual=None"),
+    "sumo, residual=gradient": Entry("sumo", 1.5e-2, "residual=gradient"),
+    "sumo as published": Entry("sumo", 1e-2, f"{PUBLISHED} residual=gradient"),
+    "sumo as published, Newton-Schulz": Entry(
+        "sumo", 1e-2, f"{PUBLISHED} residual=gradient polar=newton_schulz"
+    ),
+    "online_subspace_descent": Entry("online_subspace_descent", 1e-2),
+    "mofasgd": Entry("mofasgd", 1e-2),
+    "mofasgd, momentum 0.9": Entry("mofasgd", 1e-2, "momentum=0.9"),
+    "sumo, rank 64": Entry("sumo", 1.5e-2, rank=64),
+    "sumo, rank 16": Entry("sumo", 1.5e-2, rank=16),
+    "optax galore, rank 16": Entry("galore", 1e-2, rank=16),
+    "online_subspace_descent, rank 16": Entry("online_subspace_descent", 1e-2, rank=16),
+    "mofasgd, rank 16": Entry("mofasgd", 1e-2, rank=16),
 }
 QUICK = ["--steps", "4", "--width", "32", "--hidden", "32", "--layers", "1", "--length", "32"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Trains the preset `tiny` with every optimizer of the sweep."""
+    """Trains the preset `tiny` with every optimizer of the study."""
 
-    optimizers: tuple[str, ...] = ("adamw", "sumo")
-    """Which of the sweep's."""
+    only: tuple[str, ...] = tuple(STUDY)
+    """Which of the study's."""
     quick: bool = False
-    """A small version, for the tests."""
+    """A small version, for the tests: one rate each, nothing recorded."""
+    draw: bool = False
+    """Train nothing: the table and the figure of what is recorded."""
     runs: Path = Path("runs/convergence")
     """Where the runs are kept."""
 
 
-def run(config: Config, optimizer: str, rate: float) -> dict[str, Any]:
-    """One training run, or what an earlier one left."""
-    out = config.runs / f"{'quick-' if config.quick else ''}{optimizer}-{rate:g}"
-    summary = out / "summary.json"
-    if not summary.exists():
-        argv = ["--optimizer", optimizer, "--learning-rate", str(rate), "--out", str(out)]
-        argv += ["--overwrite", *(QUICK if config.quick else [])]
-        print("pretrain", *argv, flush=True)
-        with contextlib.nullcontext() if not config.quick else contextlib.redirect_stdout(None):
-            code = pretrain.main(argv)
-        if code:
-            raise SystemExit(code)
-    return {"optimizer": optimizer, "learning_rate": rate} | json.loads(summary.read_text())
+def run(config: Config, name: str, rate: float, seed: int) -> dict[str, Any]:
+    """One training run."""
+    entry = STUDY[name]
+    out = config.runs / f"{name.replace(', ', '-').replace(' ', '-')}-{rate:g}-{seed}"
+    argv = ["--optimizer", entry.optimizer, "--learning-rate", f"{rate:g}", "--seed", str(seed)]
+    argv += ["--out", str(out), "--overwrite"]
+    if entry.rank:
+        argv += ["--rank", str(entry.rank)]
+    if entry.settings:
+        argv += ["--set", *entry.settings.split()]
+    if config.quick:
+        argv += QUICK
+    print("pretrain", *argv, flush=True)
+    with contextlib.redirect_stdout(None):
+        code = pretrain.main(argv)
+    if code:
+        raise SystemExit(code)
+    summary = json.loads((out / "summary.json").read_text())
+    lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return {
+        "entry": name,
+        "learning_rate": rate,
+        "seed": seed,
+        "validation_loss": summary["validation_loss"],
+        "state_bytes": summary["state_bytes"],
+        "validated": [
+            (x["step"], round(x["validation_loss"], 5)) for x in lines if "validation_loss" in x
+        ],
+    }
+
+
+def recorded() -> dict[tuple[str, float, int], dict[str, Any]]:
+    """The runs that were made."""
+    path = record.RESULTS / "convergence.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    return {(row["entry"], row["learning_rate"], row["seed"]): row for row in rows}
+
+
+def loss(config: Config, name: str, rate: float, seed: int = 0) -> float:
+    """The final validation loss of a run, which is made and recorded if it was not yet."""
+    key = name, rate, seed
+    if config.quick:
+        return run(config, *key)["validation_loss"]
+    if key not in recorded():
+        row = run(config, *key)
+        rows = recorded() | {key: row}  # read again: others may have written meanwhile
+        record.write("convergence", list(rows.values()))
+    final = recorded()[key]["validation_loss"]
+    return final if math.isfinite(final) else math.inf
+
+
+def best_rate(config: Config, name: str) -> float:
+    """Where the loss is least, with the rates around it worse."""
+    best = RATES.index(STUDY[name].rate)
+    while True:
+        losses = {i: loss(config, name, RATES[i]) for i in range(best - 1, best + 3)}
+        last, best = best, min(losses, key=losses.__getitem__)
+        if last == best:
+            return RATES[best]
+
+
+def study(config: Config) -> None:
+    """Makes all runs that are missing."""
+    for name in config.only:
+        if name not in STUDY:
+            raise SystemExit(f"error: no entry {name!r}; there are {', '.join(STUDY)}")
+        if config.quick:
+            loss(config, name, STUDY[name].rate)
+            continue
+        rate = best_rate(config, name)
+        for seed in SEEDS:
+            loss(config, name, rate, seed)
+
+
+def summarize() -> list[dict[str, Any]]:
+    """A row for each entry that has all its runs: at its best rate, over the seeds."""
+    runs = recorded().values()
+    rows: list[dict[str, Any]] = []
+    for name in STUDY:
+        of_entry = [x for x in runs if x["entry"] == name]
+        rate = next((x["learning_rate"] for x in of_entry if x["seed"] == SEEDS[-1]), None)
+        best = [x for x in of_entry if x["learning_rate"] == rate]
+        if len(best) != len(SEEDS):
+            continue
+        losses = [x["validation_loss"] for x in best]
+        steps, *_ = zip(*best[0]["validated"], strict=True)
+        curve = [mean(y) for y in zip(*([l for _, l in x["validated"]] for x in best), strict=True)]
+        rows.append(
+            {
+                "entry": name,
+                "rates": len({x["learning_rate"] for x in of_entry}),
+                "learning_rate": rate,
+                "mean_loss": mean(losses),
+                "spread": max(losses) - min(losses),
+                "state_bytes": best[0]["state_bytes"],
+                "steps": steps,
+                "losses": curve,
+            }
+        )
+    target = next((x["mean_loss"] for x in rows if x["entry"] == "adamw"), -math.inf)
+    for row in rows:
+        row["steps_to_adamw"] = steps_to(target, row["steps"], row["losses"])
+    return rows
+
+
+def steps_to(target: float, steps: list[int], losses: list[float]) -> str:
+    """The step at which a curve comes to the target, on a line between the two looks at it."""
+    for i, y in enumerate(losses):
+        if y <= target:
+            before = losses[i - 1]
+            return f"{steps[i] - (steps[i] - steps[i - 1]) * (target - y) / (before - y):.0f}"
+    return "-"
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """The curves of all entries, in the order of their ends."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for row in sorted(rows, key=lambda row: row["mean_loss"], reverse=True):
+        axes.plot(row["steps"], row["losses"], "o-", markersize=3, label=row["entry"])
+    axes.set(xlabel="step", ylabel="validation loss, nats per byte", yscale="log")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.3, which="both")
+    figure.legend(loc="outside right upper", frameon=False)
+    figure.savefig(path)
 
 
 def main(argv: list[str] | None = None) -> None:
     config = tyro.cli(Config, args=argv, config=(tyro.conf.FlagCreatePairsOff,))
-    rates = lambda name: SWEEP[name][:1] if config.quick else SWEEP[name]
-    rows = [run(config, name, rate) for name in config.optimizers for rate in rates(name)]
-    if not config.quick:
-        print("written:", record.write("convergence", rows))
+    if not config.draw:
+        study(config)
+    if config.quick:
+        return
+    rows = summarize()
+    draw(rows, record.RESULTS / "convergence.svg")
     columns = {
-        "optimizer": "{optimizer}",
+        "optimizer": "{entry}",
         "learning rate": "{learning_rate:g}",
-        "validation loss": "{validation_loss:.4f}",
-        "seconds": "{seconds:.0f}",
+        "validation loss": "{mean_loss:.4f}",
+        "spread": "{spread:.4f}",
+        "steps to AdamW's": "{steps_to_adamw}",
         "state": "{state_bytes:,}",
     }
-    print(record.table(rows, columns))
+    print(record.table(sorted(rows, key=lambda row: row["mean_loss"]), columns))
 
 
 if __name__ == "__main__":

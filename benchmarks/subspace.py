@@ -102,20 +102,20 @@ def train(config: Config, name: str, tx: optax.GradientTransformation) -> dict[s
         "--overwrite",
         *config.pretrain.split(),
     ]
-    run = pretrain.prepare(pretrain.parse([*argv, *config.pretrain.split()]))
-    params = run.init().params
+    pretraining = pretrain.prepare(pretrain.parse(argv))
+    params = pretraining.run.init().params
     state = tx.init(params)
 
     @jax.jit
     def step(params, state, windows):
-        loss, grads = jax.value_and_grad(run.loss)(params, windows)
+        loss, grads = jax.value_and_grad(pretraining.loss)(params, windows)
         updates, new = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), new, loss, grads
 
     seen, looking = [], jax.jit(look)
     for t in range(config.steps):
         before = state
-        params, state, loss, grads = step(params, state, next(run.corpus.batches))
+        params, state, loss, grads = step(params, state, next(pretraining.corpus.batches))
         if t % config.look_every == config.look_every - 1:
             held = looking(optax.tree.get(before, "basis"), grads)
             fresh = looking(optax.tree.get(state, "basis"), grads)

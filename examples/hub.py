@@ -1,8 +1,10 @@
 """A data set of the Hugging Face hub, streamed; the place in it can be saved."""
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import grain
@@ -41,17 +43,11 @@ class Stream:
 
 def open_stream(spec: str) -> Stream:
     """Opens `NAME` or `NAME:CONFIG`, of the hub or a folder that `load_dataset` can read."""
-    try:
-        import datasets
-    except ImportError:
-        raise ValueError(f"--data hf:{spec} needs `pip install datasets`") from None
-    import huggingface_hub
-
-    # It logs every retry; the error at the end says it all.
-    huggingface_hub.utils.logging.set_verbosity_error()
     name, _, config = spec.partition(":")
     config = config or CONFIGS.get(name)
-    try:
+    with errors(f"--data hf:{spec}"):
+        import datasets
+
         held_out_split = "validation" in datasets.get_dataset_split_names(name, config)
         training = datasets.load_dataset(name, config, split="train", streaming=True)
         if held_out_split:
@@ -64,9 +60,21 @@ def open_stream(spec: str) -> Stream:
         if not all("text" in row for row in held_out + first):
             raise ValueError(f"it has no column `text`, but {', '.join(first[0])}")
         return Stream(training, [row["text"] for row in held_out])
+
+
+@contextlib.contextmanager
+def errors(what: str) -> Iterator[None]:
+    """What goes wrong with it, in words."""
+    try:
+        from huggingface_hub.utils import logging
+
+        logging.set_verbosity_error()  # it logs every retry; the error at the end says it all
+        yield
+    except ImportError:
+        raise ValueError(f"{what} needs `pip install datasets`") from None
     except Exception as error:  # the hub, the network and the file readers raise anything
         message = " ".join(str(error).split())
-        raise ValueError(f"--data hf:{spec} cannot be read: {message}") from error
+        raise ValueError(f"{what} cannot be read: {message}") from error
 
 
 class StreamedWindows(grain.IterDataset):
@@ -91,7 +99,7 @@ class StreamedWindowIterator(grain.DatasetIterator[np.ndarray]):
         self.iterator = iter(rows)
         self.tokenizer = tokenizer
         self.length = length
-        self.left = np.array([], int)
+        self.left = np.array([], np.int32)
 
     def __next__(self) -> np.ndarray:
         while len(self.left) <= self.length:
@@ -106,4 +114,13 @@ class StreamedWindowIterator(grain.DatasetIterator[np.ndarray]):
     def set_state(self, state: dict[str, Any]) -> None:
         self.rows.load_state_dict(state["rows"])
         self.iterator = iter(self.rows)
-        self.left = np.array(state["left"], int)
+        self.left = np.array(state["left"], np.int32)
+
+
+def download(name: str) -> Path:
+    """The folder of a model on the hub: its shape, weights and tokenizer."""
+    with errors(f"--model {name}, which is no folder here,"):
+        import huggingface_hub
+
+        files = ["config.json", "model.safetensors", "tokenizer.json"]
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=files))

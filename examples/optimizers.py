@@ -1,7 +1,8 @@
 """Any optimizer by its name, all with the same schedule and the same clipping."""
 
+import ast
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -36,8 +37,9 @@ def schedule(peak: float, steps: int) -> optax.Schedule:
 
 
 def is_matrix(path: jax.tree_util.KeyPath) -> bool:
-    """Whether a leaf is one of the seven projections of a block."""
-    return any(name in jax.tree_util.keystr(path, simple=True, separator="/") for name in MATRICES)
+    """Whether a leaf is one of the projections of a block, and not its bias."""
+    *_, module, leaf = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+    return module in MATRICES and leaf == "kernel"
 
 
 def adamw(learning_rate, *, weight_decay):
@@ -105,20 +107,43 @@ def built() -> list[str]:
     return [name for name in LEARNING_RATES if name in OPTAX or hasattr(sumo_optax, name)]
 
 
+def parse(settings: Sequence[str]) -> dict[str, Any]:
+    """NAME=VALUE, each value as Python reads it or else as a word."""
+    options = {}
+    for setting in settings:
+        option, equals, value = setting.partition("=")
+        if not equals:
+            raise ValueError(f"--set needs NAME=VALUE, got {setting!r}")
+        try:
+            options[option] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[option] = value
+    return options
+
+
 def complete(
-    name: str, width: int, given: Mapping[str, Any], *, subspace_gradients: bool = False
+    name: str,
+    given: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    *,
+    rank: int,
+    rates: Mapping[str, tuple[float, float]] = LEARNING_RATES,
+    subspace_gradients: bool = False,
 ) -> dict[str, Any]:
-    """What is given, and defaults for what is None; refuses what the optimizer does not have."""
+    """What is given or set, and defaults for the rest; refuses what the optimizer does not have."""
     accepted = inspect.signature(find(name)).parameters
     chosen = {option: value for option, value in given.items() if value is not None}
     for option in chosen:
         if option not in accepted:
             raise ValueError(f"{name} has no --{option.replace('_', '-')}; leave it out")
-    learning_rate, adam_learning_rate = LEARNING_RATES[name]
+    for option in settings:
+        if option not in accepted:
+            raise ValueError(f"{name} has no {option} to --set; it has {', '.join(accepted)}")
+    learning_rate, adam_learning_rate = rates[name]
     defaults = {
         "learning_rate": learning_rate,
         "adam_learning_rate": adam_learning_rate,
-        "rank": max(1, width // 4),
+        "rank": rank,
         "weight_decay": 0.0,
     }
     if subspace_gradients:
@@ -126,7 +151,8 @@ def complete(
             names = " and ".join(SUBSPACE_GRADIENTS)
             raise ValueError(f"{name} has no --subspace-gradients; {names} have")
         defaults |= SUBSPACE_GRADIENTS[name]
-    return {option: value for option, value in defaults.items() if option in accepted} | chosen
+    known = {option: value for option, value in defaults.items() if option in accepted}
+    return known | chosen | dict(settings)
 
 
 def create(name: str, steps: int, options: Mapping[str, Any]) -> optax.GradientTransformation:

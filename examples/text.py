@@ -8,6 +8,7 @@ import sysconfig
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import grain
 import hub
@@ -17,6 +18,8 @@ from tokens import BpeTokenizer, Tokenizer
 
 # What is in the library's folder but is not the library.
 SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+T = TypeVar("T")
+
 # Documents of a stream that a tokenizer learns from.
 SAMPLE = 10_000
 
@@ -145,7 +148,7 @@ class Windows:
         if not 0 <= index < len(self):
             raise IndexError(index)
         start = index * self.length
-        return self.tokens[start : start + self.length + 1]
+        return self.tokens[start : start + self.length + 1].astype(np.int32)
 
     def spread(self, count: int) -> np.ndarray:
         """At most so many windows, spread evenly over the text."""
@@ -154,10 +157,10 @@ class Windows:
 
 
 def shuffled_batches(
-    windows: Windows, *, batch: int, seed: int
-) -> grain.DatasetIterator[np.ndarray]:
+    source: grain.sources.RandomAccessDataSource[T], *, batch: int, seed: int
+) -> grain.DatasetIterator[T]:
     """Batches without end, in another order each time round."""
-    data = grain.MapDataset.source(windows).shuffle(seed).repeat()
-    # The text is in memory: threads would only wait for each other.
+    data = grain.MapDataset.source(source).shuffle(seed).repeat()
+    # All of it is in memory: threads would only wait for each other.
     options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     return iter(data.to_iter_dataset(options).batch(batch))

@@ -495,7 +495,7 @@ def test_a_new_run_takes_a_new_folder_and_resume_the_last(run, tmp_path):
 
 @pytest.mark.parametrize("name", ["galore", "muon", "adamw", "sumo"])
 def test_every_optimizer_takes_projections_alone_as_matrices(name):
-    tx = optimizers.create(name, 10, optimizers.complete(name, 32, {}))
+    tx = optimizers.create(name, 10, optimizers.complete(name, {}, {}, rank=8))
     params = nnx.to_pure_dict(nnx.state(llama.Llama(SHAPE, nnx.Rngs(0)), nnx.Param))
     state = tx.init(params)
     embeddings = [x for x in jax.tree.leaves(state) if x.shape == (SHAPE.vocab, SHAPE.width)]
@@ -524,6 +524,9 @@ def refused(capsys, code: int, *words: str) -> None:
         ("--optimizer sumo --rank 0", ["--rank", "0", "at least 1"]),
         ("--optimizer sumo --refresh-every 0", ["--refresh-every", "0", "at least 1"]),
         ("--optimizer adamw --rank 8", ["adamw", "--rank"]),
+        ("--set moment=0.9", ["moment", "--set", "momentum"]),
+        ("--set momentum", ["NAME=VALUE", "'momentum'"]),
+        ("--set momentum=high", ["momentum", "'high'"]),
         ("--steps 0", ["--steps", "0", "at least 1"]),
         ("--batch -1", ["--batch", "-1", "at least 1"]),
         ("--learning-rate x", ["--learning-rate", "'x'"]),

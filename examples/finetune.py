@@ -1,0 +1,312 @@
+"""Fine-tunes a BERT on a task of GLUE with any optimizer of sumo_optax or optax, or with LoRA.
+
+python examples/finetune.py --model sentence-transformers/all-MiniLM-L6-v2 --task rte
+python examples/finetune.py --model my_bert --task mrpc --data glue/MRPC --optimizer adamw
+
+A model is a folder with config.json, model.safetensors and tokenizer.json, or the name of one on
+the Hugging Face hub.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+# LAPACK's threads and XLA's wait for each other; must be said before LAPACK is loaded.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import bert
+import command_line
+import glue
+import hub
+import jax
+import jax.numpy as jnp
+import lora
+import numpy as np
+import optax
+import optimizers
+import run_folder
+import text
+import tokenizers
+import training
+import tyro
+from flax import nnx
+from plot import plot_losses
+from training import State
+
+import sumo_optax
+
+# name: learning rate, and that of the Adam for leaves that are no matrices; for all-MiniLM-L6-v2.
+LEARNING_RATES = {
+    "sumo": (1e-3, 1e-4),
+    "online_subspace_descent": (1e-3, 1e-4),
+    "mofasgd": (1e-3, 1e-4),
+    "galore": (1e-3, 1e-4),
+    "muon": (1e-3, 1e-4),
+    "adamw": (1e-4, 1e-4),
+    "lora": (1e-3, 1e-3),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Fine-tune a BERT on a task of GLUE."""
+
+    model: str
+    """A folder in the form of Hugging Face, or the name of one on its hub."""
+    task: Annotated[str, tyro.conf.arg(metavar="|".join(glue.TASKS))] = "rte"
+    """What it learns."""
+    data: Path | None = None
+    """A folder with the task's TSV files; by default the task is read from the hub."""
+
+    optimizer: Annotated[str, tyro.conf.arg(metavar="|".join(LEARNING_RATES))] = "sumo"
+    """What trains it; lora is AdamW on an addend to each matrix, which itself stays as it is."""
+    learning_rate: float | None = None
+    """Peak of the schedule; each optimizer has its default."""
+    adam_learning_rate: float | None = None
+    """The same for the Adam that trains embeddings, classifier, norms and biases."""
+    rank: int | None = None
+    """Rank of the subspace or of LoRA's addends; by default 8."""
+    refresh_every: int | None = None
+    """Steps between two refreshes of the subspace."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE ...")] = ()
+    """Any other arguments of the optimizer, such as momentum=0.95 residual=None."""
+
+    epochs: int = 3
+    """Times round the training rows."""
+    batch: int = 32
+    """Rows in a step."""
+    length: int = 128
+    """Tokens of a row; longer ones are cut."""
+    seed: int = 0
+    """Of the classifier, the order of the rows, and dropout."""
+
+    out: Path | None = None
+    """Folder to write to; by default a new runs/TASK-OPTIMIZER."""
+    resume: bool = False
+    """Go on from the last checkpoint."""
+    overwrite: bool = False
+    """Delete the run in the folder first."""
+
+
+# A resumed run must be given all else as it was.
+FREE = ("out", "resume", "overwrite")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the program; its exit codes are those of `command_line.run`."""
+
+    def prepared() -> Finetuning:
+        with command_line.in_one_line():
+            config = tyro.cli(Config, args=argv, config=(tyro.conf.FlagCreatePairsOff,))
+        finetuning = prepare(command_line.check(config))
+        training.look(finetuning.run)
+        print_plan(finetuning)
+        return finetuning
+
+    return command_line.run(prepared, train)
+
+
+class Finetuning(NamedTuple):
+    """A run, and what it is made of."""
+
+    config: Config
+    options: dict[str, Any]  # of the optimizer
+    examples: glue.Examples  # to train on
+    tx: optax.GradientTransformation
+    run: training.Run
+
+
+def prepare(config: Config) -> Finetuning:
+    """A run, having found out that it can be made."""
+    out = run_folder.choose(
+        config.out,
+        Path("runs") / f"{config.task}-{config.optimizer}",
+        resume=config.resume,
+        overwrite=config.overwrite,
+    )
+    options = complete(config)
+    task = glue.find(config.task)
+    training_rows, validation_rows = glue.load(config.task, config.data)
+    folder = Path(config.model)
+    if not folder.exists():
+        folder = hub.download(config.model)
+    shape = bert.read_config(folder)
+    if not 0 < config.length <= shape.positions:
+        raise ValueError(
+            f"--length {config.length} is more than the {shape.positions} positions of the model"
+        )
+    tokenizer = read_tokenizer(folder)
+    examples = glue.Examples(training_rows, tokenizer, config.length)
+    validation = glue.Examples(validation_rows, tokenizer, config.length)
+    if len(examples) < config.batch:
+        raise ValueError(f"--batch {config.batch} is more than the {len(examples)} training rows")
+    per_epoch = len(examples) // config.batch
+    steps = config.epochs * per_epoch
+
+    model = bert.Bert(shape, max(1, len(task.labels)), nnx.Rngs(config.seed))
+    graph = nnx.graphdef(model)
+    weights = bert.read_weights(folder, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    name = config.optimizer
+    if name == "lora":
+        rank, name = options.pop("rank"), "adamw"
+        start, merged = lora.split(weights, rank, jax.random.key(config.seed))
+    else:
+        start, merged = weights, lambda params: params
+    tx = optimizers.create(name, steps, options)
+
+    def logits(
+        params: Any, batch: Mapping[str, jax.Array], dropout: jax.Array | None = None
+    ) -> jax.Array:
+        model = nnx.merge(graph, merged(params))
+        rngs = None if dropout is None else nnx.Rngs(dropout)
+        return model(batch["tokens"], batch["types"], batch["mask"], rngs)
+
+    def loss(params: Any, batch: Mapping[str, jax.Array], dropout: jax.Array) -> jax.Array:
+        return mean_loss(task, logits(params, batch, dropout), batch["labels"])
+
+    init = lambda: State(start, tx.init(start))
+    state = training.on_one_device(jax.eval_shape(init))
+    given = {k: str(v) for k, v in dataclasses.asdict(config).items() if k not in FREE}
+    predict = jax.jit(logits)
+    run = training.Run(
+        out=out,
+        record=given | options,
+        resume=config.resume,
+        overwrite=config.overwrite,
+        steps=steps,
+        eval_every=per_epoch,
+        save_every=per_epoch,
+        units=(config.batch, "rows"),
+        batches=text.shuffled_batches(examples, batch=config.batch, seed=config.seed),
+        batch_sharding=None,
+        init=init,
+        state=state,
+        compile=lambda: compiled(tx, loss, config.seed),
+        validate=lambda params: evaluate(task, predict, params, validation, config.batch),
+        tell=lambda step, found: tell(step / per_epoch, found),
+        write_tokenizer=lambda path: tokenizer.save(str(path)),
+    )
+    return Finetuning(config, options, examples, tx, run)
+
+
+def complete(config: Config) -> dict[str, Any]:
+    """The optimizer's arguments."""
+    if config.optimizer not in LEARNING_RATES:
+        raise ValueError(
+            f"unknown optimizer {config.optimizer!r}; choose among {', '.join(LEARNING_RATES)}"
+        )
+    given = {name: getattr(config, name) for name in optimizers.OPTIONS}
+    rank = config.rank or 8
+    if config.optimizer == "lora":
+        name = "adamw"
+        del given["rank"]
+    else:
+        name = config.optimizer
+    rates = LEARNING_RATES | {"adamw": LEARNING_RATES[config.optimizer]}
+    options = optimizers.complete(name, given, optimizers.parse(config.set), rank=rank, rates=rates)
+    return options | ({"rank": rank} if config.optimizer == "lora" else {})
+
+
+def read_tokenizer(folder: Path) -> tokenizers.Tokenizer:
+    """The tokenizer in a Hugging Face folder."""
+    path = folder / "tokenizer.json"
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the only type that it raises
+        raise ValueError(f"{path} cannot be read: {error}") from None
+
+
+def mean_loss(task: glue.Task, logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Cross-entropy of classes; of a score, the squared error."""
+    if not task.labels:
+        return jnp.mean((logits[:, 0] - labels) ** 2)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def compiled(
+    tx: optax.GradientTransformation, loss: Callable[..., jax.Array], seed: int
+) -> training.Step:
+    """A step of training; its dropout depends on seed and step alone."""
+
+    def step_function(number: int, state: State, batch: Mapping[str, jax.Array]):
+        dropout = jax.random.fold_in(jax.random.key(seed), number)
+        value, gradients = jax.value_and_grad(loss)(state.params, batch, dropout)
+        updates, optimizer = tx.update(gradients, state.optimizer, state.params)
+        return State(optax.apply_updates(state.params, updates), optimizer), {"loss": value}
+
+    return jax.jit(step_function, donate_argnums=1)
+
+
+def evaluate(
+    task: glue.Task,
+    predict: Callable[[Any, Mapping[str, np.ndarray]], jax.Array],
+    params: Any,
+    examples: glue.Examples,
+    batch: int,
+) -> dict[str, float]:
+    """Loss and metrics over all examples."""
+    starts = range(0, len(examples), batch)
+    logits = np.concatenate([predict(params, examples[i : i + batch]) for i in starts])
+    labels = examples.arrays["labels"]
+    loss = {"validation_loss": float(mean_loss(task, jnp.asarray(logits), jnp.asarray(labels)))}
+    return loss | glue.score(task, labels, logits)
+
+
+def tell(epoch: float, found: Mapping[str, float]) -> str:
+    """A line on a validation."""
+    figures = (f"{name.replace('_', ' ')} {value:.4f}" for name, value in found.items())
+    return f"epoch {epoch:g}  {'  '.join(figures)}"
+
+
+def print_plan(finetuning: Finetuning) -> None:
+    """Says what will be trained, on what, and what the optimizer will hold."""
+    config, _, examples, tx, run = finetuning
+    count = sum(math.prod(x.shape) for x in jax.tree.leaves(run.state.params))
+    print(
+        f"{config.model}: {count:,} parameters to train\n"
+        f"{config.optimizer}: {config.epochs} epochs of {len(examples):,} rows of {config.task},"
+        f" {run.steps:,} steps of {config.batch} x {config.length} tokens\n"
+    )
+    print(sumo_optax.describe(tx, run.state.params), end="\n\n")
+
+
+def last_and_best(values: Sequence[float]) -> str:
+    """In words."""
+    best = int(np.argmax(values))
+    return f"{values[-1]:.4f} at the end, {values[best]:.4f} at its best, after epoch {best + 1}"
+
+
+def train(finetuning: Finetuning) -> None:
+    """Trains, draws the curves, and says how it went."""
+    config, options, _, _, run = finetuning
+    trained = training.train(run)
+    rank = f", rank {options['rank']}" if "rank" in options else ""
+    plot_losses(trained.rows, f"{config.task}, {config.optimizer}{rank}", run.out / "loss.png")
+    epochs = [row for row in trained.rows if "validation_loss" in row]
+    metrics = glue.find(config.task).metrics
+    summary = {
+        "epochs": [{name: row[name] for name in ("validation_loss", *metrics)} for row in epochs],
+        "seconds": trained.seconds,
+        "state_bytes": sum(x.nbytes for x in jax.tree.leaves(trained.state.optimizer)),
+    }
+    (run.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    lines = {
+        "trained": f"{run.steps:,} steps, {trained.seconds:,.0f} s",
+        **{name: last_and_best([row[name] for row in epochs]) for name in metrics},
+        "optimizer state": f"{summary['state_bytes'] / 2**20:,.1f} MiB",
+        "written": f"{run.out}/: metrics.jsonl, summary.json, loss.png, checkpoints/{run.steps}",
+    }
+    print()
+    for name, value in lines.items():
+        print(f"{name:>15}  {value}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
