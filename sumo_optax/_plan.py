@@ -54,6 +54,7 @@ class Row(NamedTuple):
     optimizer: str
     parameters: int
     gradients: int
+    projected: int | None  # gradients in the subspace, for those that can do with them
     state: int
 
     @property
@@ -75,16 +76,26 @@ class Plan(NamedTuple):
         devices = math.prod(self.mesh.values())
         mesh = ",".join(f"{name}={size}" for name, size in self.mesh.items())
         where = f"on each of {devices} devices ({mesh})" if devices > 1 else "on one device"
-        header = ("optimizer", "parameters", "gradients", "state", "total", "state / AdamW's")
+        header = (
+            "optimizer",
+            "parameters",
+            "gradients",
+            "projected",
+            "state",
+            "total",
+            "state / AdamW's",
+        )
         adamw = self.rows[0].state
+        words = lambda x: "-" if x is None else in_words(x)
         rows = [
-            (x.optimizer, *map(in_words, (*x[1:], x.total)), f"{x.state / adamw:.2f}")
+            (x.optimizer, *map(words, (*x[1:], x.total)), f"{x.state / adamw:.2f}")
             for x in self.rows
         ]
         return (
             f"{self.model}: {self.parameters:,} parameters in {self.dtype}, rank {self.rank};"
             f" {where}:\n\n{table([header, *rows])}\n\n"
-            "Activations and what a step needs for a moment are not in it."
+            "Activations and what a step needs for a moment are not in it. Projected gradients,\n"
+            "between refreshes, are not in the total; SUMO takes them without residual and tracking."
         )
 
     def as_json(self) -> str:
@@ -112,9 +123,24 @@ def plan(name: str, model: Model, *, rank: int, mesh: dict[str, int], dtype: str
             if placed is None
             else abstract_state(tx, params, placed)
         )
-        rows.append(Row(optimizer, held, held, bytes_on_a_device(state)))
+        projected = None
+        if optimizer in PROJECTED:
+            like_them = [optax.tree.get_all_with_path(state, x) for x in PROJECTED[optimizer]]
+            arrays = [x for found in like_them for _, tree in found for x in jax.tree.leaves(tree)]
+            # They have the parameters' dtype, whatever the state's is.
+            projected = bytes_on_a_device([x.update(dtype=jnp.dtype(dtype)) for x in arrays])
+        rows.append(Row(optimizer, held, held, projected, bytes_on_a_device(state)))
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
     return Plan(name, count, dtype, rank, mesh, tuple(rows))
+
+
+# The names of state arrays that have the shapes of projected gradients, one array each; `mu` is
+# Adam's, of the leaves that are no matrices too.
+PROJECTED = {
+    "GaLore": ("mu",),
+    "SUMO": ("moment", "mu"),
+    "MoFaSGD": ("basis", "row_basis", "mu"),
+}
 
 
 def optimizers(rank: int) -> dict[str, optax.GradientTransformation]:

@@ -14,6 +14,7 @@ import pytest
 import tokens
 from flax import nnx
 
+import sumo_optax
 from sumo_optax import __main__ as program
 from sumo_optax import _plan, abstract_state
 
@@ -96,6 +97,17 @@ def test_bytes_are_those_of_real_arrays_on_a_mesh(name, text):
     row = rows_of(text)[name]
     assert (row.parameters, row.state) == (held(params), held(state))
     assert row.parameters < sum(x.nbytes for x in jax.tree.leaves(params))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(_plan.PROJECTED))
+def test_projected_gradients_are_those_of_real_arrays(name):
+    """Of shapes alone, but of the function that makes them."""
+    params = jax.eval_shape(real_parameters)
+    loss = lambda p: sum(jnp.sum(x**2) for x in jax.tree.leaves(p))
+    state = jax.eval_shape(_plan.optimizers(4)[name].init, params)
+    grads = jax.eval_shape(sumo_optax.subspace_value_and_grad(loss), params, state)[1]
+    assert rows_of()[name].projected == sum(4 * x.size for x in jax.tree.leaves(grads))
 
 
 @pytest.mark.slow
