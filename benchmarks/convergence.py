@@ -12,6 +12,7 @@ is in the record is not run again: stop and start as you like, several at a time
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import sys
@@ -25,6 +26,7 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import pretrain
 import record
+import sweep
 
 RATES = [digit * 10.0**power for power in range(-4, 0) for digit in (1, 1.5, 2, 3, 5, 7)]
 SEEDS = (0, 1, 2)
@@ -100,9 +102,6 @@ def run(config: Config, name: str, rate: float, seed: int) -> dict[str, Any]:
     summary = json.loads((out / "summary.json").read_text())
     lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
     return {
-        "entry": name,
-        "learning_rate": rate,
-        "seed": seed,
         "validation_loss": summary["validation_loss"],
         "state_bytes": summary["state_bytes"],
         "validated": [
@@ -111,34 +110,14 @@ def run(config: Config, name: str, rate: float, seed: int) -> dict[str, Any]:
     }
 
 
-def recorded() -> dict[tuple[str, float, int], dict[str, Any]]:
-    """The runs that were made."""
-    path = record.RESULTS / "convergence.json"
-    rows = json.loads(path.read_text())["rows"] if path.exists() else []
-    return {(row["entry"], row["learning_rate"], row["seed"]): row for row in rows}
+RUNS = sweep.Record("convergence", ("entry", "learning_rate", "seed"))
 
 
 def loss(config: Config, name: str, rate: float, seed: int = 0) -> float:
-    """The final validation loss of a run, which is made and recorded if it was not yet."""
-    key = name, rate, seed
-    if config.quick:
-        return run(config, *key)["validation_loss"]
-    if key not in recorded():
-        row = run(config, *key)
-        rows = recorded() | {key: row}  # read again: others may have written meanwhile
-        record.write("convergence", list(rows.values()))
-    final = recorded()[key]["validation_loss"]
+    """The final validation loss of a run."""
+    row = RUNS.get(name, rate, seed, make=functools.partial(run, config))
+    final = row["validation_loss"]
     return final if math.isfinite(final) else math.inf
-
-
-def best_rate(config: Config, name: str) -> float:
-    """Where the loss is least, with the rates around it worse."""
-    best = RATES.index(STUDY[name].rate)
-    while True:
-        losses = {i: loss(config, name, RATES[i]) for i in range(best - 1, best + 3)}
-        last, best = best, min(losses, key=losses.__getitem__)
-        if last == best:
-            return RATES[best]
 
 
 def study(config: Config) -> None:
@@ -147,16 +126,18 @@ def study(config: Config) -> None:
         if name not in STUDY:
             raise SystemExit(f"error: no entry {name!r}; there are {', '.join(STUDY)}")
         if config.quick:
-            loss(config, name, STUDY[name].rate)
+            run(config, name, STUDY[name].rate, 0)
             continue
-        rate = best_rate(config, name)
+        rate = sweep.best_rate(
+            functools.partial(loss, config, name), STUDY[name].rate, RATES, above=2
+        )
         for seed in SEEDS:
             loss(config, name, rate, seed)
 
 
 def summarize() -> list[dict[str, Any]]:
     """A row for each entry that has all its runs: at its best rate, over the seeds."""
-    runs = recorded().values()
+    runs = RUNS.rows().values()
     rows: list[dict[str, Any]] = []
     for name in STUDY:
         of_entry = [x for x in runs if x["entry"] == name]

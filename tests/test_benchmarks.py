@@ -15,20 +15,64 @@ sys.path.insert(0, str(BENCHMARKS))
 MICRO = "--width 16 --hidden 24 --heads 2 --layers 1 --length 16"
 
 
-def test_convergence(tmp_path):
+def test_convergence_walks_to_the_best_rate(tmp_path, monkeypatch):
+    """Past its guess, to a rate with worse ones on both sides; no run is made twice."""
+    import convergence
+    import record
+
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    made = []
+
+    def run(config, name, rate, seed):
+        made.append((rate, seed))
+        loss = 1 + abs(convergence.RATES.index(rate) - convergence.RATES.index(7e-3)) + seed / 10
+        return {"validation_loss": loss, "state_bytes": 8, "validated": [[50, 4.0], [100, loss]]}
+
+    monkeypatch.setattr(convergence, "run", run)
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        convergence.main(["--only", "adamw"])
+        convergence.main(["--only", "adamw"])
+    rates = [2e-3, 3e-3, 5e-3, 7e-3, 1e-2, 1.5e-2]
+    assert sorted(made) == sorted([(x, 0) for x in rates] + [(7e-3, 1), (7e-3, 2)])
+    assert "| adamw | 0.007 | 1.1000 | 0.2000 | 100 | 8 |" in out.getvalue()
+    assert (tmp_path / "convergence.svg").stat().st_size > 10_000
+
+
+def test_convergence_trains(tmp_path):
     import convergence
 
     before = sorted(BENCHMARKS.glob("results/*"))
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        for _ in range(2):
-            convergence.main(["--quick", "--runs", str(tmp_path)])
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        names = ["adamw", "sumo as published"]
+        convergence.main(["--quick", "--runs", str(tmp_path), "--only", *names])
     assert sorted(BENCHMARKS.glob("results/*")) == before
-    assert out.getvalue().count("pretrain --optimizer") == 2, "a finished run is not run again"
+    assert out.getvalue().count("pretrain --optimizer") == 2
     summaries = [json.loads(p.read_text()) for p in tmp_path.glob("*/summary.json")]
     losses = [s["validation_loss"] for s in summaries]
     # Four steps neither learn nor diverge: about the log of 256 equally likely bytes.
     assert len(losses) == 2 and all(4 < loss < 8 for loss in losses)
+
+
+@pytest.mark.slow
+def test_finetune_compares(tmp_path, monkeypatch):
+    import finetuning
+    import record
+    import sweep
+    import test_finetune
+
+    test_finetune.write_model(tmp_path / "bert")
+    test_finetune.write_rte(tmp_path / "RTE", rows=16)
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    monkeypatch.setattr(sweep, "best_rate", lambda error, guess, *_, **__: min([guess], key=error))
+    monkeypatch.setattr(finetuning, "SEEDS", range(2))
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        files = ["--model", str(tmp_path / "bert"), "--data", str(tmp_path)]
+        runs = ["--tasks", "rte", "--only", "sumo, rank 4", "--runs", str(tmp_path / "runs")]
+        finetuning.main([*files, *runs, f"--arguments={test_finetune.SMALL}"])
+    rows = json.loads((tmp_path / "finetuning.json").read_text())["rows"]
+    assert [row["seed"] for row in rows] == [0, 1]
+    assert all(0 <= row["score"] <= 1 and row["peak_bytes"] > 2**27 for row in rows)
+    assert "| rte | sumo, rank 4 | 0.001 |" in out.getvalue()
 
 
 @pytest.mark.slow

@@ -1,0 +1,169 @@
+"""Which optimizer fine-tunes a BERT best on GLUE: accuracy, memory, time.
+
+python benchmarks/finetuning.py --model all-MiniLM-L6-v2 --data glue    # RTE and MRPC: many hours
+python benchmarks/finetuning.py --model all-MiniLM-L6-v2 --data glue --tasks rte --only adamw
+python benchmarks/finetuning.py --draw                                  # the table of the record
+
+Each one's learning rate walks along 1, 3, 10, 30 ... from where it is guessed to be best, until the
+ones below and above it were worse; then four more seeds at the best. A run that is in the record is
+not run again: stop and start as you like.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import glue
+import record
+import sweep
+
+PROGRAM = Path(__file__).parents[1] / "examples/finetune.py"
+RATES = [digit * 10.0**power for power in range(-5, 0) for digit in (1, 3)]
+SEEDS = range(5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """What is compared: an optimizer, how it differs from its default, where its rate may lie."""
+
+    optimizer: str
+    rate: float
+    rank: int | None = None
+    settings: str = ""
+
+
+STUDY = {"adamw": Entry("adamw", 1e-4)}
+for rank in (4, 8):
+    STUDY |= {
+        f"lora, rank {rank}": Entry("lora", 1e-3, rank),
+        f"optax galore, rank {rank}": Entry("galore", 1e-3, rank),
+        f"sumo, rank {rank}": Entry("sumo", 1e-3, rank),
+        f"sumo, rank {rank}, Newton-Schulz": Entry("sumo", 1e-3, rank, "polar=newton_schulz"),
+        f"mofasgd, rank {rank}": Entry("mofasgd", 1e-3, rank),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Fine-tunes a model with every optimizer of the study."""
+
+    model: str = "sentence-transformers/all-MiniLM-L6-v2"
+    """A folder in the form of Hugging Face, or the name of one on its hub."""
+    data: Path | None = None
+    """A folder with one of TSV files a task, named in capitals; by default, the hub."""
+    tasks: tuple[str, ...] = ("rte", "mrpc")
+    """Of GLUE."""
+    only: tuple[str, ...] = tuple(STUDY)
+    """Which of the study's."""
+    arguments: str = ""
+    """More arguments of examples/finetune.py, as in --arguments="--epochs 1"."""
+    draw: bool = False
+    """Train nothing: the table of what is recorded."""
+    runs: Path = Path("runs/finetune")
+    """Where the runs are kept."""
+
+
+def run(config: Config, task: str, name: str, rate: float, seed: int) -> dict[str, Any]:
+    """One run, in a process of its own, whose peak of memory is its own."""
+    entry = STUDY[name]
+    out = config.runs / task / f"{name.replace(', ', '-').replace(' ', '-')}-{rate:g}-{seed}"
+    command = ["--model", config.model, "--task", task, "--optimizer", entry.optimizer]
+    command += ["--learning-rate", f"{rate:g}", "--seed", str(seed)]
+    command += ["--out", str(out), "--overwrite", *config.arguments.split()]
+    if config.data:
+        command += ["--data", str(config.data / task.upper())]
+    if entry.rank:
+        command += ["--rank", str(entry.rank)]
+    if entry.settings:
+        command += ["--set", *entry.settings.split()]
+    print("finetune", *command, flush=True)
+    process = subprocess.Popen([sys.executable, str(PROGRAM), *command], stdout=subprocess.DEVNULL)
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit("error: that run failed")
+    summary = json.loads((out / "summary.json").read_text())
+    last = summary["epochs"][-1]
+    return {
+        "score": last[glue.find(task).metrics[0]],
+        "validation_loss": last["validation_loss"],
+        "seconds_an_epoch": round(summary["seconds"] / len(summary["epochs"]), 1),
+        "state_bytes": summary["state_bytes"],
+        "peak_bytes": used.ru_maxrss * 1024,
+    }
+
+
+RUNS = sweep.Record("finetuning", ("task", "entry", "learning_rate", "seed"))
+
+
+def error(config: Config, task: str, name: str, rate: float, seed: int = 0) -> float:
+    """What the score of a run is short of 1."""
+    return 1 - RUNS.get(task, name, rate, seed, make=functools.partial(run, config))["score"]
+
+
+def study(config: Config) -> None:
+    """Makes all runs that are missing."""
+    for task in config.tasks:
+        for name in config.only:
+            if name not in STUDY:
+                raise SystemExit(f"error: no entry {name!r}; there are {', '.join(STUDY)}")
+            rate = sweep.best_rate(
+                functools.partial(error, config, task, name), STUDY[name].rate, RATES, above=1
+            )
+            for seed in SEEDS:
+                error(config, task, name, rate, seed)
+
+
+def summarize() -> list[dict[str, Any]]:
+    """A row for each task and entry that has all its runs: at its best rate, over the seeds."""
+    runs, rows = RUNS.rows().values(), []
+    for task, name in dict.fromkeys((x["task"], x["entry"]) for x in runs):
+        of_entry = [x for x in runs if (x["task"], x["entry"]) == (task, name)]
+        rate = next((x["learning_rate"] for x in of_entry if x["seed"] == SEEDS[-1]), None)
+        best = [x for x in of_entry if x["learning_rate"] == rate]
+        if len(best) != len(SEEDS):
+            continue
+        scores = [x["score"] for x in best]
+        rows.append(
+            {
+                "task": task,
+                "entry": name,
+                "learning_rate": rate,
+                "mean_score": statistics.mean(scores),
+                "spread": statistics.stdev(scores),
+                "state_bytes": best[0]["state_bytes"],
+                "peak_bytes": statistics.median(x["peak_bytes"] for x in best),
+                "seconds_an_epoch": statistics.median(x["seconds_an_epoch"] for x in best),
+            }
+        )
+    return rows
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = tyro.cli(Config, args=argv, config=(tyro.conf.FlagCreatePairsOff,))
+    if not config.draw:
+        study(config)
+    columns = {
+        "task": "{task}",
+        "optimizer": "{entry}",
+        "learning rate": "{learning_rate:g}",
+        "score": "{mean_score:.3f}",
+        "standard deviation": "{spread:.3f}",
+        "state": "{state_bytes:,}",
+        "peak memory": "{peak_bytes:,}",
+        "seconds an epoch": "{seconds_an_epoch:.0f}",
+    }
+    print(record.table(summarize(), columns))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""Training runs that are made once, and the walk to the best learning rate."""
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import record
+
+Key = tuple[Any, ...]
+
+
+class Record:
+    """The runs in a file of benchmarks/results, each known by the values of some of its columns.
+
+    Several programs may add to it: it is read again before each writing.
+    """
+
+    def __init__(self, name: str, columns: Sequence[str]):
+        self.name = name
+        self.columns = columns
+
+    def rows(self) -> dict[Key, dict[str, Any]]:
+        """All of them."""
+        path = record.RESULTS / f"{self.name}.json"
+        rows = json.loads(path.read_text())["rows"] if path.exists() else []
+        return {tuple(row[column] for column in self.columns): row for row in rows}
+
+    def get(self, *key: Any, make: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+        """The run with this key, which is made and written down if it was not yet."""
+        if key not in self.rows():
+            row = dict(zip(self.columns, key, strict=True)) | make(*key)
+            record.write(self.name, list((self.rows() | {key: row}).values()))
+        return self.rows()[key]
+
+
+def best_rate(
+    loss: Callable[[float], float], guess: float, rates: Sequence[float], *, above: int
+) -> float:
+    """Where the loss is least: the rate below it, and so many above it, are worse."""
+    best = rates.index(guess)
+    while True:
+        losses = {i: loss(rates[i]) for i in range(best - 1, best + above + 1)}
+        last, best = best, min(losses, key=losses.__getitem__)
+        if last == best:
+            return rates[best]
