@@ -151,11 +151,10 @@ def summarize() -> list[dict[str, Any]]:
         rows.append(
             {
                 "entry": name,
-                "rates": len({x["learning_rate"] for x in of_entry}),
                 "learning_rate": rate,
                 "mean_loss": mean(losses),
                 "spread": max(losses) - min(losses),
-                "state_bytes": best[0]["state_bytes"],
+                "state_mib": best[0]["state_bytes"] / 2**20,
                 "steps": steps,
                 "losses": curve,
             }
@@ -188,6 +187,19 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path)
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+    """All entries, the best first."""
+    columns = {
+        "optimizer": "{entry}",
+        "learning rate": "{learning_rate:g}",
+        "validation loss": "{mean_loss:.4f}",
+        "spread": "{spread:.4f}",
+        "steps to AdamW's": "{steps_to_adamw}",
+        "state, MiB": "{state_mib:.1f}",
+    }
+    return record.table(sorted(rows, key=lambda row: row["mean_loss"]), columns)
+
+
 def main(argv: list[str] | None = None) -> None:
     config = tyro.cli(Config, args=argv, config=(tyro.conf.FlagCreatePairsOff,))
     if not config.draw:
@@ -196,15 +208,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     rows = summarize()
     draw(rows, record.RESULTS / "convergence.svg")
-    columns = {
-        "optimizer": "{entry}",
-        "learning rate": "{learning_rate:g}",
-        "validation loss": "{mean_loss:.4f}",
-        "spread": "{spread:.4f}",
-        "steps to AdamW's": "{steps_to_adamw}",
-        "state": "{state_bytes:,}",
-    }
-    print(record.table(sorted(rows, key=lambda row: row["mean_loss"]), columns))
+    print(table(rows))
 
 
 if __name__ == "__main__":

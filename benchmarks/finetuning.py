@@ -140,29 +140,34 @@ def summarize() -> list[dict[str, Any]]:
                 "learning_rate": rate,
                 "mean_score": statistics.mean(scores),
                 "spread": statistics.stdev(scores),
-                "state_bytes": best[0]["state_bytes"],
-                "peak_bytes": statistics.median(x["peak_bytes"] for x in best),
+                "state_mib": best[0]["state_bytes"] / 2**20,
+                "peak_mib": statistics.median(x["peak_bytes"] for x in best) / 2**20,
                 "seconds_an_epoch": statistics.median(x["seconds_an_epoch"] for x in best),
             }
         )
     return rows
 
 
-def main(argv: list[str] | None = None) -> None:
-    config = tyro.cli(Config, args=argv, config=(tyro.conf.FlagCreatePairsOff,))
-    if not config.draw:
-        study(config)
+def table(rows: list[dict[str, Any]]) -> str:
+    """All of them: the score is the task's own metric after the last epoch."""
     columns = {
         "task": "{task}",
         "optimizer": "{entry}",
         "learning rate": "{learning_rate:g}",
         "score": "{mean_score:.3f}",
         "standard deviation": "{spread:.3f}",
-        "state": "{state_bytes:,}",
-        "peak memory": "{peak_bytes:,}",
+        "state, MiB": "{state_mib:.1f}",
+        "peak memory, MiB": "{peak_mib:,.0f}",
         "seconds an epoch": "{seconds_an_epoch:.0f}",
     }
-    print(record.table(summarize(), columns))
+    return record.table(rows, columns)
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = tyro.cli(Config, args=argv, config=(tyro.conf.FlagCreatePairsOff,))
+    if not config.draw:
+        study(config)
+    print(table(summarize()))
 
 
 if __name__ == "__main__":

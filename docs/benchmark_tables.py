@@ -1,9 +1,12 @@
 """Writes a Markdown table of every file in benchmarks/results, for pages to include."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import convergence
+import finetuning
 import record
 
 # What has a better title or format than its own; bytes are told in MiB.
@@ -32,6 +35,8 @@ COLUMNS = {
     "over_whole_reduced": ("all-reduced over theirs", "{:.2f}"),
 }
 LEFT_OUT = {"worst_ms", "steps", "tokens"}
+# Records of single runs, of which pages show the means.
+STUDIES = {"convergence": convergence, "finetuning": finetuning}
 
 
 def write(folder: Path, named: str) -> None:
@@ -39,19 +44,23 @@ def write(folder: Path, named: str) -> None:
     folder.mkdir(exist_ok=True)
     others = []
     for path in sorted(record.RESULTS.glob("*.json")):
-        text = page(json.loads(path.read_text()))
+        results = json.loads(path.read_text())
+        study = STUDIES.get(path.stem)
+        rows = study.table(study.summarize()) if study else table(results["rows"])
+        text = page(rows, results)
         (folder / f"{path.stem}.md").write_text(text)
         if f"{path.stem}.md" not in named:
             others.append(f"## {path.stem.replace('_', ' ')}\n\n{text}")
+    for path in record.RESULTS.glob("*.svg"):
+        shutil.copy(path, folder)
     (folder / "others.md").write_text("\n".join(others))
 
 
-def page(results: dict[str, Any]) -> str:
-    """The rows as a table, and where they were measured."""
+def page(rows: str, results: dict[str, Any]) -> str:
+    """A table, and where its figures were measured."""
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     return (
-        f"{table(results['rows'])}\n\n"
-        f"`{results['command']}`, {results['date']}; {results['machine']}; {versions}.\n"
+        f"{rows}\n\n`{results['command']}`, {results['date']}; {results['machine']}; {versions}.\n"
     )
 
 

@@ -95,8 +95,8 @@ class Config:
     """Delete the run in the folder first."""
 
 
-# A resumed run must be given all else as it was.
-FREE = ("out", "resume", "overwrite")
+# A resumed run must be given all else as it was; what is set is among the optimizer's arguments.
+FREE = ("out", "resume", "overwrite", "set")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -133,51 +133,36 @@ def prepare(config: Config) -> Finetuning:
     )
     options = complete(config)
     task = glue.find(config.task)
-    training_rows, validation_rows = glue.load(config.task, config.data)
+    rows = glue.load(config.task, config.data)
     folder = Path(config.model)
     if not folder.exists():
         folder = hub.download(config.model)
     shape = bert.read_config(folder)
-    if not 0 < config.length <= shape.positions:
+    if config.length > shape.positions:
         raise ValueError(
             f"--length {config.length} is more than the {shape.positions} positions of the model"
         )
     tokenizer = read_tokenizer(folder)
-    examples = glue.Examples(training_rows, tokenizer, config.length)
-    validation = glue.Examples(validation_rows, tokenizer, config.length)
+    examples, validation = (glue.Examples(x, tokenizer, config.length) for x in rows)
     if len(examples) < config.batch:
         raise ValueError(f"--batch {config.batch} is more than the {len(examples)} training rows")
     per_epoch = len(examples) // config.batch
     steps = config.epochs * per_epoch
 
-    model = bert.Bert(shape, max(1, len(task.labels)), nnx.Rngs(config.seed))
-    graph = nnx.graphdef(model)
-    weights = bert.read_weights(folder, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
-    name = config.optimizer
-    if name == "lora":
-        rank, name = options.pop("rank"), "adamw"
-        start, merged = lora.split(weights, rank, jax.random.key(config.seed))
-    else:
-        start, merged = weights, lambda params: params
-    tx = optimizers.create(name, steps, options)
-
-    def logits(
-        params: Any, batch: Mapping[str, jax.Array], dropout: jax.Array | None = None
-    ) -> jax.Array:
-        model = nnx.merge(graph, merged(params))
-        rngs = None if dropout is None else nnx.Rngs(dropout)
-        return model(batch["tokens"], batch["types"], batch["mask"], rngs)
+    params, logits = model(folder, shape, max(1, len(task.labels)), config, options)
+    name = "adamw" if config.optimizer == "lora" else config.optimizer
+    accepted = {k: v for k, v in options.items() if (k, name) != ("rank", "adamw")}
+    tx = optimizers.create(name, steps, accepted)
+    init = lambda: State(params, tx.init(params))
+    predict = jax.jit(logits)
 
     def loss(params: Any, batch: Mapping[str, jax.Array], dropout: jax.Array) -> jax.Array:
         return mean_loss(task, logits(params, batch, dropout), batch["labels"])
 
-    init = lambda: State(start, tx.init(start))
-    state = training.on_one_device(jax.eval_shape(init))
-    given = {k: str(v) for k, v in dataclasses.asdict(config).items() if k not in FREE}
-    predict = jax.jit(logits)
+    given = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE}
     run = training.Run(
         out=out,
-        record=given | options,
+        record=given | options | {"data": str(config.data)},
         resume=config.resume,
         overwrite=config.overwrite,
         steps=steps,
@@ -187,7 +172,7 @@ def prepare(config: Config) -> Finetuning:
         batches=text.shuffled_batches(examples, batch=config.batch, seed=config.seed),
         batch_sharding=None,
         init=init,
-        state=state,
+        state=training.on_one_device(jax.eval_shape(init)),
         compile=lambda: compiled(tx, loss, config.seed),
         validate=lambda params: evaluate(task, predict, params, validation, config.batch),
         tell=lambda step, found: tell(step / per_epoch, found),
@@ -197,21 +182,41 @@ def prepare(config: Config) -> Finetuning:
 
 
 def complete(config: Config) -> dict[str, Any]:
-    """The optimizer's arguments."""
+    """The optimizer's arguments; LoRA's are those of AdamW, and a rank."""
     if config.optimizer not in LEARNING_RATES:
         raise ValueError(
             f"unknown optimizer {config.optimizer!r}; choose among {', '.join(LEARNING_RATES)}"
         )
     given = {name: getattr(config, name) for name in optimizers.OPTIONS}
-    rank = config.rank or 8
+    settings, rank = optimizers.parse(config.set), config.rank or 8
+    if config.optimizer != "lora":
+        return optimizers.complete(
+            config.optimizer, given, settings, rank=rank, rates=LEARNING_RATES
+        )
+    rates = {"adamw": LEARNING_RATES["lora"]}
+    given["rank"] = None
+    return optimizers.complete("adamw", given, settings, rank=rank, rates=rates) | {"rank": rank}
+
+
+def model(
+    folder: Path, shape: bert.BertConfig, classes: int, config: Config, options: Mapping[str, Any]
+) -> tuple[Any, Callable[..., jax.Array]]:
+    """What is trained, as it is at first, and the logits from it, a batch and a key of dropout."""
+    blank = bert.Bert(shape, classes, nnx.Rngs(config.seed))
+    graph = nnx.graphdef(blank)
+    params = bert.read_weights(folder, nnx.to_pure_dict(nnx.state(blank, nnx.Param)))
+    merge: Callable[[Any], Any] = lambda params: params
     if config.optimizer == "lora":
-        name = "adamw"
-        del given["rank"]
-    else:
-        name = config.optimizer
-    rates = LEARNING_RATES | {"adamw": LEARNING_RATES[config.optimizer]}
-    options = optimizers.complete(name, given, optimizers.parse(config.set), rank=rank, rates=rates)
-    return options | ({"rank": rank} if config.optimizer == "lora" else {})
+        params, merge = lora.split(params, options["rank"], jax.random.key(config.seed))
+
+    def logits(
+        params: Any, batch: Mapping[str, jax.Array], dropout: jax.Array | None = None
+    ) -> jax.Array:
+        rngs = None if dropout is None else nnx.Rngs(dropout)
+        bert_now = nnx.merge(graph, merge(params))
+        return bert_now(batch["tokens"], batch["types"], batch["mask"], rngs)
+
+    return params, logits
 
 
 def read_tokenizer(folder: Path) -> tokenizers.Tokenizer:

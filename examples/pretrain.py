@@ -117,8 +117,9 @@ class Config(Base):
     """Log at every step how the optimizer's subspaces are doing, and draw it at the end."""
 
 
-# A resumed run must be given all else as it was.
+# A resumed run must be given all else as it was; what is set is among the optimizer's arguments.
 FREE = (
+    "set",
     "mesh",
     "coordinator",
     "processes",
@@ -238,15 +239,11 @@ def prepare(config: Config) -> Pretraining:
 def record(config: Config, options: dict[str, Any], corpus: text.Corpus) -> dict[str, Any]:
     """What makes a run this run, as JSON."""
     given = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE}
-    del given["set"]  # among the options
-    return (
-        given
-        | options
-        | {
-            "vocab": corpus.tokenizer.vocab,
-            "validation checksum": zlib.crc32(corpus.validation.tobytes()),
-        }
-    )
+    data = {
+        "vocab": corpus.tokenizer.vocab,
+        "validation checksum": zlib.crc32(corpus.validation.tobytes()),
+    }
+    return given | options | data
 
 
 def measured(config: Config, tx: optax.GradientTransformation) -> optax.GradientTransformation:

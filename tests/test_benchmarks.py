@@ -3,13 +3,11 @@
 import contextlib
 import io
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
 
 
 MICRO = "--width 16 --hidden 24 --heads 2 --layers 1 --length 16"
@@ -26,7 +24,11 @@ def test_convergence_walks_to_the_best_rate(tmp_path, monkeypatch):
     def run(config, name, rate, seed):
         made.append((rate, seed))
         loss = 1 + abs(convergence.RATES.index(rate) - convergence.RATES.index(7e-3)) + seed / 10
-        return {"validation_loss": loss, "state_bytes": 8, "validated": [[50, 4.0], [100, loss]]}
+        return {
+            "validation_loss": loss,
+            "state_bytes": 2**20,
+            "validated": [[50, 4.0], [100, loss]],
+        }
 
     monkeypatch.setattr(convergence, "run", run)
     with contextlib.redirect_stdout(io.StringIO()) as out:
@@ -34,7 +36,7 @@ def test_convergence_walks_to_the_best_rate(tmp_path, monkeypatch):
         convergence.main(["--only", "adamw"])
     rates = [2e-3, 3e-3, 5e-3, 7e-3, 1e-2, 1.5e-2]
     assert sorted(made) == sorted([(x, 0) for x in rates] + [(7e-3, 1), (7e-3, 2)])
-    assert "| adamw | 0.007 | 1.1000 | 0.2000 | 100 | 8 |" in out.getvalue()
+    assert "| adamw | 0.007 | 1.1000 | 0.2000 | 100 | 1.0 |" in out.getvalue()
     assert (tmp_path / "convergence.svg").stat().st_size > 10_000
 
 
