@@ -181,6 +181,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     for row in sorted(rows, key=lambda row: row["mean_loss"], reverse=True):
         axes.plot(row["steps"], row["losses"], "o-", markersize=3, label=row["entry"])
     axes.set(xlabel="step", ylabel="validation loss, nats per byte", yscale="log")
+    for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        axis("{x:.1f}")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3, which="both")
     figure.legend(loc="outside right upper", frameon=False)
