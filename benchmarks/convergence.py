@@ -169,8 +169,10 @@ def steps_to(target: float, steps: list[int], losses: list[float]) -> str:
     """The step at which a curve comes to the target, on a line between the two looks at it."""
     for i, y in enumerate(losses):
         if y <= target:
-            before = losses[i - 1]
-            return f"{steps[i] - (steps[i] - steps[i - 1]) * (target - y) / (before - y):.0f}"
+            if i == 0:
+                return f"{steps[0]}"
+            part = (losses[i - 1] - target) / (losses[i - 1] - y)
+            return f"{steps[i - 1] + part * (steps[i] - steps[i - 1]):.0f}"
     return "-"
 
 
@@ -186,7 +188,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3, which="both")
     figure.legend(loc="outside right upper", frameon=False)
-    figure.savefig(path)
+    figure.savefig(path, metadata={"Date": None})
 
 
 def table(rows: list[dict[str, Any]]) -> str:
