@@ -53,8 +53,11 @@ LEARNING_RATES = {
 }
 
 
+RANK = 8
+
+
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Base:
     """Fine-tune a BERT on a task of GLUE."""
 
     model: str
@@ -65,19 +68,13 @@ class Config:
     """A folder with the task's TSV files; by default the task is read from the hub."""
 
     optimizer: Annotated[str, tyro.conf.arg(metavar="|".join(LEARNING_RATES))] = "sumo"
-    """What trains it; lora is AdamW on an addend to each matrix, which itself stays as it is."""
-    learning_rate: float | None = None
-    """Peak of the schedule; each optimizer has its default."""
-    adam_learning_rate: float | None = None
-    """The same for the Adam that trains embeddings, classifier, norms and biases."""
-    rank: int | None = None
-    """Rank of the subspace or of LoRA's addends; by default 8."""
-    refresh_every: int | None = None
-    """Steps between two refreshes of the subspace."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay."""
-    set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE ...")] = ()
-    """Any other arguments of the optimizer, such as momentum=0.95 residual=None."""
+    """What trains it, at rank 8 where no other is given; lora is AdamW on an addend of that rank to
+    each matrix, which itself stays as it is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(optimizers.Arguments, Base):
+    """Fine-tune a BERT on a task of GLUE."""
 
     epochs: int = 3
     """Times round the training rows."""
@@ -150,10 +147,9 @@ def prepare(config: Config) -> Finetuning:
     per_epoch = len(examples) // config.batch
     steps = config.epochs * per_epoch
 
-    params, logits = model(folder, shape, max(1, len(task.labels)), config, options)
+    params, logits = model(folder, shape, max(1, len(task.labels)), config)
     name = "adamw" if config.optimizer == "lora" else config.optimizer
-    accepted = {k: v for k, v in options.items() if (k, name) != ("rank", "adamw")}
-    tx = optimizers.create(name, steps, accepted)
+    tx = optimizers.create(name, steps, options)
     init = lambda: State(params, tx.init(params))
     predict = jax.jit(logits)
 
@@ -183,24 +179,20 @@ def prepare(config: Config) -> Finetuning:
 
 
 def complete(config: Config) -> dict[str, Any]:
-    """The optimizer's arguments; LoRA's are those of AdamW, and a rank."""
+    """The optimizer's arguments; LoRA's are those of AdamW."""
     if config.optimizer not in LEARNING_RATES:
         raise ValueError(
             f"unknown optimizer {config.optimizer!r}; choose among {', '.join(LEARNING_RATES)}"
         )
-    given = {name: getattr(config, name) for name in optimizers.OPTIONS}
-    settings, rank = optimizers.parse(config.set), config.rank or 8
     if config.optimizer != "lora":
-        return optimizers.complete(
-            config.optimizer, given, settings, rank=rank, rates=LEARNING_RATES
-        )
+        return optimizers.complete(config.optimizer, config, rank=RANK, rates=LEARNING_RATES)
+    given = dataclasses.replace(config, rank=None)
     rates = {"adamw": LEARNING_RATES["lora"]}
-    given["rank"] = None
-    return optimizers.complete("adamw", given, settings, rank=rank, rates=rates) | {"rank": rank}
+    return optimizers.complete("adamw", given, rank=RANK, rates=rates)
 
 
 def model(
-    folder: Path, shape: bert.BertConfig, classes: int, config: Config, options: Mapping[str, Any]
+    folder: Path, shape: bert.BertConfig, classes: int, config: Config
 ) -> tuple[Any, Callable[..., jax.Array]]:
     """What is trained, as it is at first, and the logits from it, a batch and a key of dropout."""
     blank = bert.Bert(shape, classes, nnx.Rngs(config.seed))
@@ -208,7 +200,7 @@ def model(
     params = bert.read_weights(folder, nnx.to_pure_dict(nnx.state(blank, nnx.Param)))
     merge: Callable[[Any], Any] = lambda params: params
     if config.optimizer == "lora":
-        params, merge = lora.split(params, options["rank"], jax.random.key(config.seed))
+        params, merge = lora.split(params, config.rank or RANK, jax.random.key(config.seed))
 
     def logits(
         params: Any, batch: Mapping[str, jax.Array], dropout: jax.Array | None = None

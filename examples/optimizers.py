@@ -1,12 +1,14 @@
 """Any optimizer by its name, all with the same schedule and the same clipping."""
 
 import ast
+import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import optax
+import tyro
 
 import sumo_optax
 
@@ -29,7 +31,28 @@ SUBSPACE_GRADIENTS: dict[str, dict[str, Any]] = {
     "mofasgd": {},
 }
 
-OPTIONS = ("learning_rate", "adam_learning_rate", "rank", "refresh_every", "weight_decay")
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """What a command line may say of an optimizer."""
+
+    learning_rate: float | None = None
+    """Peak of the schedule; each optimizer has its default."""
+    adam_learning_rate: float | None = None
+    """The same for the Adam that trains embeddings, head, norms and biases."""
+    rank: int | None = None
+    """Rank of the subspace."""
+    refresh_every: int | None = None
+    """Steps between two refreshes of the subspace."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE ...")] = ()
+    """Any other arguments of the optimizer, such as momentum=0.95 residual=None."""
+
+    def named(self) -> dict[str, Any]:
+        """Those with a flag of their own."""
+        names = (field.name for field in dataclasses.fields(Arguments) if field.name != "set")
+        return {name: getattr(self, name) for name in names}
 
 
 def schedule(peak: float, steps: int) -> optax.Schedule:
@@ -124,8 +147,7 @@ def parse(settings: Sequence[str]) -> dict[str, Any]:
 
 def complete(
     name: str,
-    given: Mapping[str, Any],
-    settings: Mapping[str, Any],
+    given: Arguments,
     *,
     rank: int,
     rates: Mapping[str, tuple[float, float]] = LEARNING_RATES,
@@ -133,7 +155,8 @@ def complete(
 ) -> dict[str, Any]:
     """What is given or set, and defaults for the rest; refuses what the optimizer does not have."""
     accepted = inspect.signature(find(name)).parameters
-    chosen = {option: value for option, value in given.items() if value is not None}
+    chosen = {option: value for option, value in given.named().items() if value is not None}
+    settings = parse(given.set)
     for option in chosen:
         if option not in accepted:
             raise ValueError(f"{name} has no --{option.replace('_', '-')}; leave it out")
@@ -153,7 +176,7 @@ def complete(
             raise ValueError(f"{name} has no --subspace-gradients; {names} have")
         defaults |= SUBSPACE_GRADIENTS[name]
     known = {option: value for option, value in defaults.items() if option in accepted}
-    return known | chosen | dict(settings)
+    return known | chosen | settings
 
 
 def create(name: str, steps: int, options: Mapping[str, Any]) -> optax.GradientTransformation:

@@ -46,26 +46,14 @@ class Base:
 
     preset: Annotated[str, tyro.conf.arg(metavar="|".join(PRESETS))] = "tiny"
     """Where the defaults of steps, batch, length and the model's shape come from."""
+    optimizer: Annotated[str, tyro.conf.arg(metavar="|".join(optimizers.LEARNING_RATES))] = "sumo"
+    """What trains it, at a rank of a quarter of the width where no other is given."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Base):
+class Config(optimizers.Arguments, Base):
     """Pre-train a LLaMA-style language model."""
 
-    optimizer: Annotated[str, tyro.conf.arg(metavar="|".join(optimizers.LEARNING_RATES))] = "sumo"
-    """What trains it."""
-    learning_rate: float | None = None
-    """Peak of the schedule; each optimizer has its default."""
-    adam_learning_rate: float | None = None
-    """The same for the Adam that trains embedding, head and norms."""
-    rank: int | None = None
-    """Rank of the subspace; by default a quarter of the width."""
-    refresh_every: int | None = None
-    """Steps between two refreshes of the subspace."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay."""
-    set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE ...")] = ()
-    """Any other arguments of the optimizer, such as momentum=0.95 residual=None."""
     subspace_gradients: bool = False
     """Between refreshes, backpropagate into the subspaces alone: for sumo and mofasgd."""
 
@@ -152,7 +140,7 @@ def parse(argv: Sequence[str] | None) -> Config:
         base, _ = tyro.cli(Base, args=argv, return_unknown_args=True, add_help=False)
         if base.preset not in PRESETS:
             raise ValueError(f"no preset {base.preset!r}; choose among {', '.join(PRESETS)}")
-        preset = Config(base.preset, **dataclasses.asdict(PRESETS[base.preset]))
+        preset = Config(preset=base.preset, **dataclasses.asdict(PRESETS[base.preset]))
         return tyro.cli(Config, args=argv, default=preset, config=(tyro.conf.FlagCreatePairsOff,))
 
 
@@ -175,11 +163,9 @@ def prepare(config: Config) -> Pretraining:
         resume=config.resume,
         overwrite=config.overwrite,
     )
-    given = {name: getattr(config, name) for name in optimizers.OPTIONS}
     options = optimizers.complete(
         config.optimizer,
-        given,
-        optimizers.parse(config.set),
+        config,
         rank=max(1, config.width // 4),
         subspace_gradients=config.subspace_gradients,
     )

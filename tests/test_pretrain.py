@@ -495,7 +495,7 @@ def test_a_new_run_takes_a_new_folder_and_resume_the_last(run, tmp_path):
 
 @pytest.mark.parametrize("name", ["galore", "muon", "adamw", "sumo"])
 def test_every_optimizer_takes_projections_alone_as_matrices(name):
-    tx = optimizers.create(name, 10, optimizers.complete(name, {}, {}, rank=8))
+    tx = optimizers.create(name, 10, optimizers.complete(name, optimizers.Arguments(), rank=8))
     params = nnx.to_pure_dict(nnx.state(llama.Llama(SHAPE, nnx.Rngs(0)), nnx.Param))
     state = tx.init(params)
     embeddings = [x for x in jax.tree.leaves(state) if x.shape == (SHAPE.vocab, SHAPE.width)]
