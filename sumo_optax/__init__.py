@@ -3,9 +3,9 @@
 from sumo_optax._axes import flax_dimension_numbers as flax_dimension_numbers
 from sumo_optax._convert import check_state as check_state
 from sumo_optax._convert import convert_state as convert_state
+from sumo_optax._gradient import ProjectedGradient as ProjectedGradient
 from sumo_optax._in_subspace import SubspaceState as SubspaceState
 from sumo_optax._in_subspace import scale_in_subspace as scale_in_subspace
-from sumo_optax._linalg import ProjectedGradient as ProjectedGradient
 from sumo_optax._linalg import polar_factor as polar_factor
 from sumo_optax._metrics import MeasuredState as MeasuredState
 from sumo_optax._metrics import SubspaceMetrics as SubspaceMetrics

@@ -15,7 +15,7 @@ import optax
 
 from sumo_optax import _check, _subspace
 from sumo_optax._axes import WeightDimensionNumbers, path_names
-from sumo_optax._linalg import left_product
+from sumo_optax._gradient import Update, left_product
 from sumo_optax._matrix import PyTree, Rule, lift, refreshed
 
 SubspaceBasis = Literal["randomized_svd", "svd", "random", "online_pca"]
@@ -167,21 +167,21 @@ def in_subspace(
     def due(t, state, place):
         P, _, _ = state
         if online_pca:
-            return ~jnp.any(P)
+            return _subspace.is_missing(P)
         return _subspace.is_due(t, P, refresh_every, place if stagger else 0)
 
     def step(G, state, t, due, key):
         if side == "long" or G.shape[0] == G.shape[1]:
             return projected_step(G, state, t, due, key)
         D, state = projected_step(G.T, state, t, due, key)
-        return D.T, state
+        return Update(D.right.T, D.left.T), state
 
     def projected_step(G, state, t, due, key):
         P, projector, inner_state = state
-        begins = ~jnp.any(P)
+        begins = _subspace.is_missing(P)
 
         def refresh():
-            P_new = _subspace.refresh(G, P, key, basis)
+            P_new = _subspace.refresh(G, P, key(), basis)
             if online_pca:  # the others of a batch go on
                 return jnp.where(begins, P_new, P), inner_state
             return P_new, _transported(inner_state, P_new, P) if transport else inner_state
@@ -191,13 +191,13 @@ def in_subspace(
         G_hat = left_product(P, G)
         delta, inner_new = inner.update(G_hat, inner_state, jnp.zeros_like(G_hat))
         if online_pca is None:
-            return scale * (P @ delta), (P, projector, inner_new)
+            return Update(P, scale * delta), (P, projector, inner_new)
         gradient, norm = _subspace.online_pca_gradient(G, P, G_hat, online_pca.penalty)
         moves = norm != 0  # true of NaN
         delta, inner_state = _where(moves, (delta, inner_new), (0 * G_hat, inner_state))
         moved = _moved(online_pca, gradient, P, projector, t)
         P_new, projector = _where(moves & ~begins, moved, (P, projector))
-        return scale * (P @ delta), (P_new, projector, inner_state)
+        return Update(P, scale * delta), (P_new, projector, inner_state)
 
     needs_whole = "online PCA" if online_pca else "refresh_every=1" if refresh_every == 1 else ""
     return lift(Rule(init, due, step, needs_whole), SubspaceState, **lifted)

@@ -1,8 +1,7 @@
 """Array mathematics on one matrix: polar factor, orthonormal bases. Knows no optax, no trees."""
 
-import dataclasses
 import functools
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -36,46 +35,24 @@ def _at_most_one(x: jax.Array) -> jax.Array:
     return x / jnp.maximum(jnp.linalg.norm(x), 1)
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["left", "right"], meta_fields=["shape"]
-)
-@dataclasses.dataclass(frozen=True)
-class ProjectedGradient:
-    """What an optimizer reads of a gradient G, m x n, where that is known before G is."""
-
-    left: Any  # QᵀG, shape (*batch, r, n), or None
-    right: Any  # GV, shape (*batch, m, r), or None
-    shape: tuple[int, ...]  # of G, or of the leaf that it is of
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        return jax.tree.leaves(self)[0].dtype
-
-    @property
-    def T(self) -> "ProjectedGradient":
-        transpose = lambda x: None if x is None else x.mT
-        return ProjectedGradient(transpose(self.right), transpose(self.left), self.shape[::-1])
+def largest_entry(x: jax.Array) -> jax.Array:
+    """max |x|, or 1 where x = 0."""
+    largest = jnp.max(jnp.abs(x))
+    return jnp.where(largest > 0, largest, 1)
 
 
-def left_product(Q: jax.Array, G: Any) -> jax.Array:
-    """QᵀG, for Q with few columns; of a projected gradient, whose Q this is, what it holds."""
-    return G.left if isinstance(G, ProjectedGradient) else _stored(Q.T) @ G
-
-
-def right_product(G: Any, V: jax.Array) -> jax.Array:
-    """GV, for V with few columns and G that may be the transpose of a stored array; likewise."""
-    return G.right if isinstance(G, ProjectedGradient) else _stored(_stored(V.T) @ G.T).T
+def product(left: jax.Array, right: jax.Array) -> jax.Array:
+    """On a CPU with the left one written out: a transpose there makes it take 2 to 5 times."""
+    return _stored(left) @ right
 
 
 def _stored(x: jax.Array) -> jax.Array:
-    """x written out: on a CPU, products with a transpose on the left take 2 to 5 times as long."""
     return jax.lax.optimization_barrier(x) if jax.default_backend() == "cpu" else x
 
 
 def frobenius_norm(x: jax.Array, *, scale: jax.Array) -> jax.Array:
     """||x||, safe against overflow of the squares where `scale` has entries of its size."""
-    largest = jnp.max(jnp.abs(scale))
-    largest = jnp.where(largest > 0, largest, 1)
+    largest = largest_entry(scale)
     return largest * jnp.linalg.norm(x / largest)
 
 

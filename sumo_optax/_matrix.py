@@ -24,13 +24,13 @@ from sumo_optax._axes import (
     path_string,
     resolve,
 )
-from sumo_optax._linalg import ProjectedGradient
+from sumo_optax._gradient import ProjectedGradient, Update, WholeGradient
 
 MATRIX, FALLBACK = "matrix", "fallback"
 
 
 class View(NamedTuple):
-    """A leaf seen as (*batch, m, n) with m >= n."""
+    """A leaf seen as (*batch, m, n) with m >= n; `wide` where its own order is n before m."""
 
     leaf_shape: tuple[int, ...]
     batch_axes: tuple[int, ...]  # of the leaf
@@ -53,14 +53,27 @@ class View(NamedTuple):
     def n(self) -> int:
         return math.prod(self.leaf_shape[a] for a in self.n_axes)
 
+    @property
+    def wide(self) -> bool:
+        return self.n_axes < self.m_axes
+
+    @property
+    def stored_axes(self) -> tuple[int, ...]:
+        sides = self.n_axes + self.m_axes if self.wide else self.m_axes + self.n_axes
+        return self.batch_axes + sides
+
     def to_matrices(self, leaf: jax.Array) -> jax.Array:
         return leaf.transpose(self.axes).reshape(*self.batch, self.m, self.n)
 
-    def to_leaf(self, matrices: jax.Array) -> jax.Array:
-        permuted = tuple(self.leaf_shape[a] for a in self.axes)
-        return matrices.reshape(permuted).transpose(
-            sorted(range(len(permuted)), key=lambda i: self.axes[i])
-        )
+    def as_stored(self, leaf: jax.Array) -> jax.Array:
+        """(*batch, m, n), where wide (*batch, n, m): most often the leaf as it is."""
+        sides = (self.n, self.m) if self.wide else (self.m, self.n)
+        return leaf.transpose(self.stored_axes).reshape(*self.batch, *sides)
+
+    def to_leaf(self, stored: jax.Array) -> jax.Array:
+        axes = self.stored_axes
+        permuted = stored.reshape([self.leaf_shape[a] for a in axes])
+        return permuted.transpose(sorted(range(len(axes)), key=lambda i: axes[i]))
 
 
 def matrix_view(shape: tuple[int, ...], axes: MatrixAxes) -> View:
@@ -87,14 +100,14 @@ class Rule(NamedTuple):
     due(t, state, place) -> bool: whether `step` refreshes; any matrix of a batch makes all of them
       do so, since under `vmap` a predicate of its own would turn `lax.cond` into doing both; place,
       from 0 to 1, is where the leaf stands among all
-    step(G, state, t, due, key) -> D, state; key depends on the leaf and t alone
+    step(G, state, t, due, key) -> Update, state; key() depends on the leaf and t alone
     needs_whole: what makes `step` read more of G than a `ProjectedGradient` has, "" if nothing
       does; with such a G, due is False, the Python constant
     """
 
     init: Callable[..., tuple[PyTree, ...]]
     due: Callable[..., jax.Array]
-    step: Callable[..., tuple[jax.Array, tuple[PyTree, ...]]]
+    step: Callable[..., tuple[Update, tuple[PyTree, ...]]]
     needs_whole: str = ""
 
 
@@ -123,9 +136,8 @@ def lift(
         optax.scale_by_adam() if fallback is None else fallback
     )
 
-    def key_of(path, t):
-        leaf = zlib.crc32(path_string(path).encode())
-        return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), leaf), t)
+    def key_of(path):
+        return jax.random.fold_in(jax.random.key(seed), zlib.crc32(path_string(path).encode()))
 
     def init(params):
         leaves, treedef = jax.tree.flatten(params)
@@ -137,7 +149,7 @@ def lift(
             if view is None:
                 continue
             dtype = jnp.promote_types(leaf.dtype, jnp.float32)
-            one = rule.init(view.m, view.n, dtype, key_of(path, t))
+            one = rule.init(view.m, view.n, dtype, jax.random.fold_in(key_of(path), t))
             one = _stacked(one, view.batch, dtype if state_dtype is None else state_dtype)
             states.append(_layout.placed(structure.flatten_up_to(one), leaf, view, letters))
         trees = []
@@ -185,7 +197,7 @@ def lift(
             place = len(states) / count
             step = functools.partial(_step_leaf, rule, structure, view, skip_nonfinite, place)
             step = _layout.in_auto_mode(step, likes[i] if _is_projected(G) else G, view, letters)
-            outputs[i], new_state, bad = step(G, next(old_states), t, key_of(path, t))
+            outputs[i], new_state, bad = step(G, next(old_states), t, key_of(path))
             skipped += bad
             states.append(new_state)
         if states:
@@ -216,9 +228,8 @@ def _step_leaf(
     if _is_projected(G):
         matrices = dataclasses.replace(_cast(G, dtype), shape=(view.m, view.n))
     else:
-        matrices = view.to_matrices(G.astype(dtype))
-    batch_axes = len(view.batch_axes)
-    D, new, good = _step_batch(rule, matrices, _cast(old, dtype), t, place, key, batch_axes)
+        matrices = WholeGradient(view.as_stored(G.astype(dtype)), view.wide)
+    D, new, good = _step_batch(rule, view, matrices, _cast(old, dtype), t, place, key)
     new = jax.tree.map(lambda x, o: x.astype(o.dtype), new, old)
     bad = jnp.zeros([], jnp.int32)
     if skip_nonfinite:
@@ -253,8 +264,8 @@ def _cast(tree: PyTree, dtype: Any) -> PyTree:
     )
 
 
-def _step_batch(rule: Rule, G, state, t, place: float, key, batch_axes: int):
-    """A step of every matrix of a leaf; and of which the state after it is finite.
+def _step_batch(rule: Rule, view: View, G, state, t, place: float, key):
+    """A step of every matrix of a leaf, D or Dᵀ; and of which the state after it is finite.
 
     A NaN or Inf anywhere in G makes it not so, since QᵀG and the like read all of G: a look at the
     small state is a look at G. 0 times NaN or Inf is NaN; a sum is faster than a logical reduction.
@@ -262,11 +273,11 @@ def _step_batch(rule: Rule, G, state, t, place: float, key, batch_axes: int):
     due = lambda *state: rule.due(t, state, place)
 
     def step(G, *state):
-        D, state = rule.step(G, state, t, any_due, key)
+        D, state = rule.step(G, state, t, any_due, lambda: jax.random.fold_in(key, t))
         zero = jnp.stack([jnp.sum(0 * x) for x in jax.tree.leaves(state)])
-        return D, state, jnp.all(zero == 0)
+        return D.of(G, transposed=view.wide), state, jnp.all(zero == 0)
 
-    for _ in range(batch_axes):
+    for _ in view.batch_axes:
         due, step = jax.vmap(due), _for_each(step)
     any_due = False if _is_projected(G) else jnp.any(due(*state))
     return step(G, *state)

@@ -17,7 +17,8 @@ import optax
 
 from sumo_optax import _check, _subspace
 from sumo_optax._axes import WeightDimensionNumbers
-from sumo_optax._linalg import above_rounding, left_product, orthonormal_columns, right_product, svd
+from sumo_optax._gradient import Gradient, Update, left_product, right_product
+from sumo_optax._linalg import above_rounding, orthonormal_columns, product, svd
 from sumo_optax._matrix import PyTree, Rule, descend, lift, refreshed
 
 
@@ -122,8 +123,8 @@ def scale_by_mofasgd(
 
         def begin():
             """The dominant subspace of G, from which a step with V = 0 makes G's rank-r SVD."""
-            U_new = _subspace.refresh(G, U, key, "randomized_svd")
-            random = jax.random.normal(key, V.shape, V.dtype) / V.shape[0] ** 0.5
+            U_new = _subspace.refresh(G, U, key(), "randomized_svd")
+            random = jax.random.normal(key(), V.shape, V.dtype) / V.shape[0] ** 0.5
             started, going_on = (U_new, jnp.zeros_like(V), random), (U, V, V)
             return jax.tree.map(lambda x, y: jnp.where(begins, x, y), started, going_on)
 
@@ -134,10 +135,9 @@ def scale_by_mofasgd(
         if inverse_limit is not None:
             d *= jnp.minimum(1 / jnp.where(d > 0, s, 1), inverse_limit)
         scale = 1.0 if consistent_rms is None else consistent_rms * max(G.shape) ** 0.5
-        D = (scale * U * d) @ V.T
+        D = Update(U, (scale * V * d).T)
         if complement:
-            outside = G - U @ (U.T @ G)
-            D += complement * (outside - (outside @ V) @ V.T)
+            D = _with_complement(D, G, V, complement)
         return D, (U, s, V)
 
     return lift(
@@ -151,7 +151,16 @@ def scale_by_mofasgd(
     )
 
 
-def _tangent_step(G: jax.Array, state, beta: jax.typing.ArrayLike, spare: jax.Array):
+def _with_complement(D: Update, G: Gradient, V: jax.Array, c: float) -> Update:
+    """D + c (I - UUᵀ) G (I - VVᵀ): c G, and a part of rank 2r in which G is only read."""
+    U, right, _ = D
+    GU, GV = left_product(U, G), right_product(G, V)
+    beyond = GV - U @ product(U.T, GV)
+    left, right = jnp.hstack([U, beyond]), jnp.vstack([right - c * GU, -c * V.T])
+    return Update(left, right, jnp.full(V.shape[0], c, V.dtype))
+
+
+def _tangent_step(G: Gradient, state, beta: jax.typing.ArrayLike, spare: jax.Array):
     """SVD_r of the projection of G on the tangent space at (U, V), plus beta M.
 
     With GV = U C + X R and GᵀU = V Cᵀ + Y S, X and Y orthonormal to U and V, the sum is
@@ -160,7 +169,7 @@ def _tangent_step(G: jax.Array, state, beta: jax.typing.ArrayLike, spare: jax.Ar
     """
     U, s, V = state
     GV, GU = right_product(G, V), left_product(U, G).T
-    C = left_product(U, GV)
+    C = product(U.T, GV)
     X, R = _beyond(GV - U @ C)
     Y, S = _beyond(GU - V @ C.T)
     core = jnp.block([[C + beta * jnp.diag(s), S.T], [R, jnp.zeros_like(R)]])
@@ -178,7 +187,7 @@ def _tangent_step(G: jax.Array, state, beta: jax.typing.ArrayLike, spare: jax.Ar
 def _beyond(y: jax.Array) -> tuple[jax.Array, jax.Array]:
     """X, R of y = X R, X with orthonormal columns or, where y has fewer than r directions, 0."""
     X = orthonormal_columns(y, passes=2)
-    return X, left_product(X, y)
+    return X, product(X.T, y)
 
 
 def _completed(columns: jax.Array, found: jax.Array, spare: jax.Array) -> jax.Array:

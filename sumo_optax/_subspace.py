@@ -6,13 +6,8 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from sumo_optax._linalg import (
-    frobenius_norm,
-    left_product,
-    orthonormal_columns,
-    right_product,
-    unit_scale,
-)
+from sumo_optax._gradient import WholeGradient, left_product, right_product
+from sumo_optax._linalg import frobenius_norm, orthonormal_columns, unit_scale
 
 Basis = Literal["tracking", "randomized_svd", "svd", "random"]
 
@@ -42,22 +37,27 @@ def is_due(t: jax.Array, Q: jax.Array, refresh_every: int, place: float) -> jax.
 
     A matrix at a `place` from 0 to 1 is due at that part of the interval.
     """
-    return ((t - int(place * refresh_every)) % refresh_every == 0) | ~jnp.any(Q)
+    return ((t - int(place * refresh_every)) % refresh_every == 0) | is_missing(Q)
 
 
-def refresh(G: jax.Array, Q: jax.Array, key: jax.Array, basis: Basis) -> jax.Array:
+def is_missing(Q: jax.Array) -> jax.Array:
+    """Whether no gradient has given a basis yet: one column tells, since a basis has none of 0."""
+    return ~jnp.any(Q[:, 0])
+
+
+def refresh(G: WholeGradient, Q: jax.Array, key: jax.Array, basis: Basis) -> jax.Array:
     """A new basis (m x r) from the gradient G (m x n) and the old one, which a zero G leaves be."""
     m, r = Q.shape
     if basis == "randomized_svd":
         Q_new = _subspace_iteration(G, Q, key)
     elif basis == "svd":
-        Q_new = jnp.linalg.svd(unit_scale(G), full_matrices=False)[0][:, :r]
+        Q_new = jnp.linalg.svd(unit_scale(G.matrix), full_matrices=False)[0][:, :r]
     else:
         Q_new = _random_basis(m, r, G.dtype, key)
-    return jnp.where(jnp.any(G), Q_new, Q)
+    return jnp.where(jnp.any(G.stored), Q_new, Q)
 
 
-def track(G: jax.Array, Q: jax.Array, rows: jax.Array) -> jax.Array:
+def track(G: WholeGradient, Q: jax.Array, rows: jax.Array) -> jax.Array:
     """The columns of G seen from the row space of `rows` (r x n, singular values 0 or about 1).
 
     Half a step of subspace iteration, whose other half made the rows: one product with G. A
@@ -66,7 +66,7 @@ def track(G: jax.Array, Q: jax.Array, rows: jax.Array) -> jax.Array:
     return orthonormal_columns(right_product(G, rows.T), completion=Q)
 
 
-def _subspace_iteration(G: jax.Array, Q: jax.Array, key: jax.Array) -> jax.Array:
+def _subspace_iteration(G: WholeGradient, Q: jax.Array, key: jax.Array) -> jax.Array:
     """Warm, from the old basis and some of a random one; cold, Q = 0, from the random one alone.
 
     Halko, Martinsson and Tropp, arXiv 0909.4061, algorithm 4.4, without oversampling: choosing r of
@@ -80,7 +80,7 @@ def _subspace_iteration(G: jax.Array, Q: jax.Array, key: jax.Array) -> jax.Array
 
 
 def captured_energy(G: jax.Array, G_hat: jax.Array) -> jax.Array:
-    """||Ĝ||² / ||G||², the part of the gradient in the subspace; 1 where there is no gradient."""
+    """||Ĝ||² / ||G||², the part of the gradient in the subspace; 1 for G, or Gᵀ, of 0."""
     whole = frobenius_norm(G, scale=G_hat)
     inside = frobenius_norm(G_hat, scale=G_hat)
     return jnp.where(whole > 0, inside / jnp.where(whole > 0, whole, 1), 1) ** 2
@@ -92,14 +92,14 @@ def transport(Q_new: jax.Array, Q_old: jax.Array, M: jax.Array) -> jax.Array:
 
 
 def online_pca_gradient(
-    G: jax.Array, P: jax.Array, G_hat: jax.Array, penalty: jax.typing.ArrayLike
+    G: WholeGradient, P: jax.Array, G_hat: jax.Array, penalty: jax.typing.ArrayLike
 ) -> tuple[jax.Array, jax.Array]:
     """The gradient in P (m x r) of ||PPᵀg - g||² + penalty ||PᵀP - I||², g = G / ||G||; and ||G||.
 
     With Ĝ = PᵀG, X = gᵀP and S = PᵀP it is 2 (g X (S - 2I) + P XᵀX) + 4 penalty P (S - I): one
     product with G.
     """
-    norm = frobenius_norm(G, scale=G_hat)
+    norm = G.norm(scale=G_hat)
     divisor = jnp.where(norm > 0, norm, 1)
     Xt = G_hat / divisor
     gX = right_product(G, Xt.T) / divisor

@@ -21,7 +21,7 @@ from jax.extend import core
 from jax.interpreters import partial_eval
 
 from sumo_optax._axes import PyTree, WeightDimensionNumbers, named_leaves
-from sumo_optax._linalg import ProjectedGradient
+from sumo_optax._gradient import ProjectedGradient
 from sumo_optax._matrix import View, matrix_views
 from sumo_optax._report import low_rank_states
 from sumo_optax._thin_products import Weight, as_array, product, reshaped, transposed

@@ -21,13 +21,8 @@ import optax
 
 from sumo_optax import _check, _subspace
 from sumo_optax._axes import WeightDimensionNumbers
-from sumo_optax._linalg import (
-    PolarMethod,
-    check_polar_method,
-    column_norms,
-    left_product,
-    polar_factor,
-)
+from sumo_optax._gradient import Update, WholeGradient, left_product
+from sumo_optax._linalg import PolarMethod, check_polar_method, column_norms, polar_factor
 from sumo_optax._matrix import PyTree, Rule, descend, lift, refreshed
 
 Residual = Literal["gradient", "scaled"] | None
@@ -180,12 +175,12 @@ def scale_by_sumo(
 
         # Block 1: the subspace, and the moment carried into it.
         if basis != "tracking":
-            Q, M = moved(Q, M, lambda: _subspace.refresh(G, Q, key, basis))
+            Q, M = moved(Q, M, lambda: _subspace.refresh(G, Q, key(), basis))
 
         # Block 2: the moment, and its polar factor.
         G_hat = left_product(Q, G)
         if refresh_below is not None:
-            captured = _subspace.captured_energy(G, G_hat)
+            captured = _subspace.captured_energy(G.stored, G_hat)
         M = momentum * M + G_hat
         O = polar_factor(momentum * M + G_hat if nesterov else M, method=polar)
 
@@ -193,16 +188,17 @@ def scale_by_sumo(
         scale = 1.0 if consistent_rms is None else consistent_rms * max(G.shape) ** 0.5
         if residual == "scaled":
             phi = _step_over_gradient(O, G_hat)
-            norm = jnp.linalg.norm(phi * _residual_norms(G, G_hat))
+            norm = jnp.linalg.norm(jnp.where(phi > 0, phi * _residual_norms(G, G_hat), 0))
             factor, update_norm = _limited(norm, update_norm, norm_growth_limit)
             phi = phi * factor
-            D = scale * (Q @ (O - phi * G_hat) + phi * G)  # = s (Q O + phi (G - Q Ĝ))
+            # s (Q O + (G - Q Ĝ) diag(phi))
+            D = Update(Q, scale * (O - phi * G_hat), scale * phi)
         else:
             norm = jnp.linalg.norm(O)
             factor, update_norm = _limited(norm, update_norm, norm_growth_limit)
-            D = scale * (Q @ (factor * O))
+            D = Update(Q, scale * factor * O)
             if residual == "gradient":
-                D += G - Q @ G_hat
+                D = Update(Q, D.right - G_hat, jnp.ones_like(G_hat[0]))
 
         # Block 1 of the next step, from what this one has at hand.
         if basis == "tracking":
@@ -236,9 +232,9 @@ def _step_over_gradient(O: jax.Array, G_hat: jax.Array) -> jax.Array:
     return jnp.where(seen, step / jnp.where(seen, gradient, 1), 0)
 
 
-def _residual_norms(G: jax.Array, G_hat: jax.Array) -> jax.Array:
+def _residual_norms(G: WholeGradient, G_hat: jax.Array) -> jax.Array:
     """||G_j - Q Ĝ_j|| for each column j, by Pythagoras: the residual itself is never formed."""
-    whole, inside = column_norms(G), column_norms(G_hat)
+    whole, inside = G.column_norms(scale=G_hat), column_norms(G_hat)
     outside = jnp.maximum(whole - inside, 0)  # two factors, since the squares may overflow
     return jnp.sqrt(outside) * jnp.sqrt(whole + inside)
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sumo_optax._linalg import ProjectedGradient
+from sumo_optax._gradient import ProjectedGradient
 from sumo_optax._matrix import View
 
 Axes = tuple[int, ...]
