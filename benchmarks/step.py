@@ -59,10 +59,30 @@ def matrices(preset: str) -> dict[str, Any]:
     }
 
 
+def products_alone(rank: int, *, both_sides: bool) -> optax.GradientTransformation:
+    """The products that no optimizer in a subspace can do without: QᵀG and Q(QᵀG); and GV."""
+
+    def init(params):
+        thin = lambda side: jax.tree.map(lambda x: jnp.ones((side(x.shape), rank)), params)
+        return thin(max), thin(min), thin(max)
+
+    def update(updates, state, params=None):
+        tall = lambda G: G.shape[0] >= G.shape[1]
+        onto = lambda G, Q: Q @ (Q.T @ G) if tall(G) else (G @ Q) @ Q.T
+        beyond = lambda G, V: G @ V if tall(G) else (V.T @ G).T
+        bases, rows, seen = state
+        if both_sides:
+            seen = jax.tree.map(beyond, updates, rows)
+        return jax.tree.map(onto, updates, bases), (bases, rows, seen)
+
+    return optax.GradientTransformation(init, update)
+
+
 def optimizers(ranks: tuple[int, ...]) -> dict[str, optax.GradientTransformation]:
     table = {
         "optax.adamw": optax.adamw(1e-3),
         "optax muon": optax.contrib.muon(1e-3),
+        "three products alone, rank 32": products_alone(32, both_sides=True),
         "mofasgd, rank 32": sumo_optax.mofasgd(1e-3, 32),
     }
     for r in ranks:
@@ -70,6 +90,7 @@ def optimizers(ranks: tuple[int, ...]) -> dict[str, optax.GradientTransformation
             sumo_optax.sumo, 1e-3, r, basis="randomized_svd", refresh_every=200, residual=None
         )
         table |= {
+            f"two products alone, rank {r}": products_alone(r, both_sides=False),
             f"optax galore, rank {r}": optax.contrib.galore(1e-3, rank=r),
             f"sumo, rank {r}": sumo_optax.sumo(1e-3, r),
             f"sumo, rank {r}, residual=None": sumo_optax.sumo(1e-3, r, residual=None),

@@ -30,8 +30,7 @@ def unit_scale(x: jax.Array) -> jax.Array:
 
 
 def _at_most_one(x: jax.Array) -> jax.Array:
-    """`x` scaled to Frobenius norm 1, so that no singular value is above 1; 0 stays 0."""
-    x = unit_scale(x)
+    """`x` of largest entry 1 at Frobenius norm 1: no singular value is above 1; 0 stays 0."""
     return x / jnp.maximum(jnp.linalg.norm(x), 1)
 
 
@@ -184,7 +183,7 @@ def orthonormal_columns(
     passes leave the directions of y shorter that are small: those below 1e-5 of the largest after
     two, while after one the condition number has fallen by about 500.
     """
-    rows = _at_most_one(y.T)
+    rows = _at_most_one(unit_scale(y.T))
     if completion is not None:
         rows += _shift(rows) * completion.T
     rows = _stored(rows)

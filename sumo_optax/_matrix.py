@@ -275,7 +275,10 @@ def _step_batch(rule: Rule, view: View, G, state, t, place: float, key):
     def step(G, *state):
         D, state = rule.step(G, state, t, any_due, lambda: jax.random.fold_in(key, t))
         zero = jnp.stack([jnp.sum(0 * x) for x in jax.tree.leaves(state)])
-        return D.of(G, transposed=view.wide), state, jnp.all(zero == 0)
+        good = jnp.all(zero == 0)
+        # Or the compiler may multiply all updates out first, and keep them till it knows.
+        D = D._replace(right=jnp.where(good, D.right, 0))
+        return D.of(G, transposed=view.wide), state, good
 
     for _ in view.batch_axes:
         due, step = jax.vmap(due), _for_each(step)

@@ -113,6 +113,34 @@ def test_subspace_looks(tmp_path, monkeypatch):
         assert 0 < row["mean_energy"] <= 1 + 1e-5 and row["largest_orthogonality_error"] < 0.2
 
 
+def test_moved_bases_capture_more(tmp_path, monkeypatch):
+    import record
+    import refresh
+
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with contextlib.redirect_stdout(io.StringIO()):
+        refresh.main(["--steps", "2", "4", "--rank", "4", f"--pretrain={MICRO}"])
+    rows = json.loads((tmp_path / "refresh.json").read_text())["rows"]
+    assert [row["basis"] for row in rows] == ["svd", "randomized_svd", "tracking"]
+    assert all(row["old"] < row["moved"] <= 1 + 1e-5 for row in rows)
+    # Of the best basis; float32.
+    assert abs(rows[0]["moved"] - 1) < 1e-5 and rows[1]["moved"] > 0.98
+
+
+def test_polar_factors_are_compared(tmp_path, monkeypatch):
+    import polar
+    import record
+
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        polar.main(["--ranks", "4", "--n", "32", "--repeats", "1"])
+    rows = json.loads((tmp_path / "polar.json").read_text())["rows"]
+    errors = {row["method"]: row["error_at_1e+03"] for row in rows}
+    assert errors["reduced"] < 1e-4 < 0.1 < errors["newton_schulz"]
+    assert "| 4 | newton_schulz | 1.00 |" in out.getvalue()
+
+
 def test_collectives_are_counted(tmp_path, monkeypatch):
     import collectives
     import record
