@@ -137,13 +137,10 @@ def study(config: Config) -> None:
 
 def summarize() -> list[dict[str, Any]]:
     """A row for each entry that has all its runs: at its best rate, over the seeds."""
-    runs = RUNS.rows().values()
     rows: list[dict[str, Any]] = []
     for name in STUDY:
-        of_entry = [x for x in runs if x["entry"] == name]
-        rate = next((x["learning_rate"] for x in of_entry if x["seed"] == SEEDS[-1]), None)
-        best = [x for x in of_entry if x["learning_rate"] == rate]
-        if len(best) != len(SEEDS):
+        best = RUNS.at_best_rate(name, seeds=SEEDS)
+        if not best:
             continue
         losses = [x["validation_loss"] for x in best]
         steps, *_ = zip(*best[0]["validated"], strict=True)
@@ -151,7 +148,7 @@ def summarize() -> list[dict[str, Any]]:
         rows.append(
             {
                 "entry": name,
-                "learning_rate": rate,
+                "learning_rate": best[0]["learning_rate"],
                 "mean_loss": mean(losses),
                 "spread": max(losses) - min(losses),
                 "state_mib": best[0]["state_bytes"] / 2**20,

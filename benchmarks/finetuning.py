@@ -125,19 +125,17 @@ def study(config: Config) -> None:
 
 def summarize() -> list[dict[str, Any]]:
     """A row for each task and entry that has all its runs: at its best rate, over the seeds."""
-    runs, rows = RUNS.rows().values(), []
-    for task, name in dict.fromkeys((x["task"], x["entry"]) for x in runs):
-        of_entry = [x for x in runs if (x["task"], x["entry"]) == (task, name)]
-        rate = next((x["learning_rate"] for x in of_entry if x["seed"] == SEEDS[-1]), None)
-        best = [x for x in of_entry if x["learning_rate"] == rate]
-        if len(best) != len(SEEDS):
+    rows = []
+    for task, name in dict.fromkeys((task, name) for task, name, _, _ in RUNS.rows()):
+        best = RUNS.at_best_rate(task, name, seeds=SEEDS)
+        if not best:
             continue
         scores = [x["score"] for x in best]
         rows.append(
             {
                 "task": task,
                 "entry": name,
-                "learning_rate": rate,
+                "learning_rate": best[0]["learning_rate"],
                 "mean_score": statistics.mean(scores),
                 "spread": statistics.stdev(scores),
                 "state_mib": best[0]["state_bytes"] / 2**20,

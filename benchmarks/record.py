@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,12 @@ def machine() -> str:
     return f"CPU, {cores} cores, {platform.machine()}, {platform.system()}"
 
 
-def write(name: str, rows: list[dict[str, Any]]) -> Path:
+def write(name: str, rows: list[dict[str, Any]], arguments: Sequence[str] | None = None) -> Path:
     """Writes the rows and what they need to be understood; returns the file."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     versions = {p: importlib.metadata.version(p) for p in PACKAGES}
     record = {
-        "command": " ".join(["python", "benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join(["python", "benchmarks/" + Path(sys.argv[0]).name, *arguments]),
         "machine": machine(),
         "python": platform.python_version(),
         "versions": versions,

@@ -12,7 +12,8 @@ Key = tuple[Any, ...]
 class Record:
     """The runs in a file of benchmarks/results, each known by the values of some of its columns.
 
-    Several programs may add to it: it is read again before each writing.
+    The last two of these are learning rate and seed. Several programs may add to it: it is read
+    again before each writing.
     """
 
     def __init__(self, name: str, columns: Sequence[str]):
@@ -29,8 +30,16 @@ class Record:
         """The run with this key, which is made and written down if it was not yet."""
         if key not in self.rows():
             row = dict(zip(self.columns, key, strict=True)) | make(*key)
-            record.write(self.name, list((self.rows() | {key: row}).values()))
+            rows = list((self.rows() | {key: row}).values())
+            record.write(self.name, rows, arguments=())  # a part, or all of it: the same runs
         return self.rows()[key]
+
+    def at_best_rate(self, *entry: Any, seeds: Sequence[int]) -> list[dict[str, Any]]:
+        """The runs of an entry at the rate that has all seeds; none where they are not all made."""
+        runs = {key[-2:]: row for key, row in self.rows().items() if key[:-2] == entry}
+        rate = next((rate for rate, seed in runs if seed == seeds[-1]), None)
+        best = [runs[rate, seed] for seed in seeds if (rate, seed) in runs]
+        return best if len(best) == len(seeds) else []
 
 
 def best_rate(

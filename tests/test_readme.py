@@ -43,6 +43,13 @@ def test_step_table_is_the_recorded_one():
         for r in rows
     ]
     assert sum(line in lines for line in recorded) == 10
+    by_name = {r["optimizer"]: r for r in rows}
+    for name, row in by_name.items():
+        if "alone" in name:
+            assert f"| *{name}* | {row['over_adamw']:.2f} | |" in lines
+    ours = by_name["sumo, rank 128, refreshed every 200, residual=None"]["refresh_ms"]
+    ratio = ours / by_name["optax galore, rank 128"]["refresh_ms"]
+    assert f"A refresh at rank 128 takes {ratio:.2f} of GaLore's" in README
 
 
 def test_faults_are_the_recorded_ones():
