@@ -87,13 +87,18 @@ def run(config: Config, name: str, rate: float, seed: int) -> dict[str, Any]:
     entry = STUDY[name]
     out = config.runs / f"{name.replace(', ', '-').replace(' ', '-')}-{rate:g}-{seed}"
     argv = ["--optimizer", entry.optimizer, "--learning-rate", f"{rate:g}", "--seed", str(seed)]
-    argv += ["--out", str(out), "--overwrite"]
     if entry.rank:
         argv += ["--rank", str(entry.rank)]
     if entry.settings:
         argv += ["--set", *entry.settings.split()]
     if config.quick:
         argv += QUICK
+    return trained(out, argv)
+
+
+def trained(out: Path, argv: list[str]) -> dict[str, Any]:
+    """What `examples/pretrain.py` comes to with these arguments."""
+    argv = ["--out", str(out), "--overwrite", *argv]
     print("pretrain", *argv, flush=True)
     with contextlib.redirect_stdout(None):
         code = pretrain.main(argv)

@@ -17,7 +17,6 @@ import sumo_optax
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import optimizers
-import pretrain
 import record
 import subspace
 
@@ -35,28 +34,14 @@ class Config:
 
 
 def recorded(config: Config) -> dict[int, Any]:
-    """The gradients of the matrices at some steps of a run with the example's defaults."""
-    argv = ["--steps", str(config.steps[-1]), "--out", "runs/refresh", "--overwrite"]
-    pretraining = pretrain.prepare(pretrain.parse([*argv, *config.pretrain.split()]))
-    state = pretraining.run.init()
-
-    @jax.jit
-    def step(params, opt_state, windows):
-        grads = jax.grad(pretraining.loss)(params, windows)
-        updates, opt_state = tx.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, grads
-
-    learning_rate, adam_learning_rate = optimizers.LEARNING_RATES["sumo"]
+    """The gradients at some steps of a run with the example's rates."""
+    rate, adam_rate = optimizers.LEARNING_RATES["sumo"]
     tx = optax.chain(
         optax.clip_by_global_norm(1.0),
-        sumo_optax.sumo(learning_rate, config.rank, adam_learning_rate=adam_learning_rate),
+        sumo_optax.sumo(rate, config.rank, adam_learning_rate=adam_rate),
     )
-    params, opt_state, kept = state.params, tx.init(state.params), {}
-    for t in range(1, config.steps[-1] + 1):
-        params, opt_state, grads = step(params, opt_state, next(pretraining.corpus.batches))
-        if t in config.steps:
-            kept[t] = grads
-    return kept
+    steps = enumerate(subspace.training(tx, config.steps[-1], config.pretrain), 1)
+    return {t: grads for t, (_, grads, _, _) in steps if t in config.steps}
 
 
 def energies(basis: Any, config: Config, old: Any, new: Any) -> dict[str, float]:

@@ -6,7 +6,7 @@ python benchmarks/subspace.py              # 2000 steps of two optimizers: 20 mi
 import dataclasses
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,16 +92,11 @@ def look(bases: Any, grads: Any) -> dict[str, jax.Array]:
     }
 
 
-def train(config: Config, name: str, tx: optax.GradientTransformation) -> dict[str, Any]:
-    """What was seen of one optimizer; each look at a gradient and the basis that it meets."""
-    argv = [
-        "--steps",
-        str(config.steps),
-        "--out",
-        "runs/subspace",
-        "--overwrite",
-        *config.pretrain.split(),
-    ]
+def training(
+    tx: optax.GradientTransformation, steps: int, arguments: str = ""
+) -> Iterator[tuple[jax.Array, Any, Any, Any]]:
+    """Steps of the example with this optimizer: loss, gradients, and its state before and after."""
+    argv = ["--steps", str(steps), "--out", "runs/subspace", "--overwrite", *arguments.split()]
     pretraining = pretrain.prepare(pretrain.parse(argv))
     params = pretraining.run.init().params
     state = tx.init(params)
@@ -109,19 +104,24 @@ def train(config: Config, name: str, tx: optax.GradientTransformation) -> dict[s
     @jax.jit
     def step(params, state, windows):
         loss, grads = jax.value_and_grad(pretraining.loss)(params, windows)
-        updates, new = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), new, loss, grads
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, loss, grads
 
-    seen, looking = [], jax.jit(look)
-    for t in range(config.steps):
+    for _ in range(steps):
         before = state
         params, state, loss, grads = step(params, state, next(pretraining.corpus.batches))
-        if t % config.look_every == config.look_every - 1:
+        yield loss, grads, before, state
+
+
+def train(config: Config, name: str, tx: optax.GradientTransformation) -> dict[str, Any]:
+    """What was seen of one optimizer; each look at a gradient and the basis that it meets."""
+    seen, looking = [], jax.jit(look)
+    steps = enumerate(training(tx, config.steps, config.pretrain), 1)
+    for t, (loss, grads, before, after) in steps:
+        if t % config.look_every == 0:
             held = looking(optax.tree.get(before, "basis"), grads)
-            fresh = looking(optax.tree.get(state, "basis"), grads)
-            seen.append(
-                {"step": t + 1, "loss": float(loss)} | {k: float(v) for k, v in held.items()}
-            )
+            fresh = looking(optax.tree.get(after, "basis"), grads)
+            seen.append({"step": t, "loss": float(loss)} | {k: float(v) for k, v in held.items()})
             seen[-1]["energy_after"] = float(fresh["energy"])
     return {
         "optimizer": name,

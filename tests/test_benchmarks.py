@@ -48,7 +48,7 @@ def test_convergence_trains(tmp_path):
         names = ["adamw", "sumo as published"]
         convergence.main(["--quick", "--runs", str(tmp_path), "--only", *names])
     assert sorted(BENCHMARKS.glob("results/*")) == before
-    assert out.getvalue().count("pretrain --optimizer") == 2
+    assert out.getvalue().count("pretrain --out") == 2
     summaries = [json.loads(p.read_text()) for p in tmp_path.glob("*/summary.json")]
     losses = [s["validation_loss"] for s in summaries]
     # Four steps neither learn nor diverge: about the log of 256 equally likely bytes.
@@ -126,6 +126,28 @@ def test_moved_bases_capture_more(tmp_path, monkeypatch):
     assert all(row["old"] < row["moved"] <= 1 + 1e-5 for row in rows)
     # Of the best basis; float32.
     assert abs(rows[0]["moved"] - 1) < 1e-5 and rows[1]["moved"] > 0.98
+
+
+def test_claims_are_looked_at(tmp_path, monkeypatch):
+    import claims
+    import record
+
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        arguments = ["--steps", "4", "--look-every", "2", "--ranks", "4", "--intervals", "2"]
+        claims.main([*arguments, f"--pretrain={MICRO}"])
+    rows = json.loads((tmp_path / "claims.json").read_text())["rows"]
+    assert [(x["algorithm"], x["step"]) for x in rows] == [
+        (name, t) for name in claims.ALGORITHMS for t in (2, 4)
+    ]
+    for row in rows:
+        assert 1 <= row["least_condition"] <= row["median_condition"] <= row["largest_condition"]
+        assert 0.01 < row["median_error"] <= row["largest_error"] < 1
+    (run,) = json.loads((tmp_path / "grid.json").read_text())["rows"]
+    assert (run["rank"], run["refresh_every"]) == (4, 2)
+    assert f"| 4 | 2 | {run['validation_loss']:.4f} |" in out.getvalue()
+    assert (tmp_path / "claims.svg").stat().st_size > 10_000
 
 
 def test_polar_factors_are_compared(tmp_path, monkeypatch):
