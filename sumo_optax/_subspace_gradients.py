@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 from jax.interpreters import partial_eval
+from jax.sharding import AxisType
 
 from sumo_optax._axes import PyTree, WeightDimensionNumbers, named_leaves
 from sumo_optax._gradient import ProjectedGradient
@@ -56,9 +57,9 @@ def subspace_value_and_grad(
       for whole gradients: at the first step, and at every step that refreshes the basis.
 
     Raises:
-      ValueError: the optimizer's state has no basis; and, by `update`, the optimizer reads more of
-        a gradient: SUMO does with a residual and with a basis that tracks the gradient at every
-        step, Online Subspace Descent always.
+      ValueError: the optimizer's state has no basis; the parameters are on a mesh of Explicit axes;
+        and, by `update`, the optimizer reads more of a gradient: SUMO does with a residual and with
+        a basis that tracks the gradient at every step, Online Subspace Descent always.
 
     Examples:
       >>> import functools, jax, jax.numpy as jnp, optax, sumo_optax
@@ -89,6 +90,11 @@ def subspace_value_and_grad(
         if full:
             return jax.value_and_grad(fun, has_aux=has_aux)(params, *args, **kwargs)
         leaves, treedef = jax.tree.flatten(params)
+        if any(AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types for x in leaves):
+            raise ValueError(
+                "projected gradients need a mesh of Auto axes, and the parameters are on one of"
+                " Explicit axes"
+            )
         views = matrix_views(params, weight_dimension_numbers)
         bases = _bases(params, state, views)
         traced, shapes = jax.make_jaxpr(

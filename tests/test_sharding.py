@@ -107,6 +107,15 @@ def test_same_numbers_as_one_device(make, axis_type):
             assert sharded <= set(jax.tree.leaves(tuple(spec)))
 
 
+def test_projected_gradients_refuse_explicit_axes():
+    everywhere = NamedSharding(mesh_of(AxisType.Explicit), P())
+    params = {"kernel": jax.device_put(jnp.ones((16, 8)), everywhere)}
+    loss = lambda params: jnp.sum(params["kernel"])
+    state = sumo_optax.scale_by_mofasgd(2).init(params)
+    with pytest.raises(ValueError, match="need a mesh of Auto axes"):
+        sumo_optax.subspace_value_and_grad(loss)(params, state)
+
+
 def test_state_lies_as_promised():
     mesh = mesh_of(AxisType.Auto)
     params = {
