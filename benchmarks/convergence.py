@@ -3,6 +3,7 @@
 python benchmarks/convergence.py                                  # all of it: many hours
 python benchmarks/convergence.py --only adamw sumo muon           # some
 python benchmarks/convergence.py --draw                           # table and figure of the record
+python benchmarks/convergence.py --time                           # their steps, on a quiet machine
 python benchmarks/convergence.py --quick                          # a few steps of a small model
 
 Each one's learning rate walks along 1, 1.5, 2, 3, 5, 7, 10 ... from where it is guessed to be best,
@@ -16,10 +17,12 @@ import functools
 import json
 import math
 import sys
+import time
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
+import jax
 import tyro
 from matplotlib.figure import Figure
 
@@ -78,22 +81,27 @@ class Config:
     """A small version, for the tests: one rate each, nothing recorded."""
     draw: bool = False
     """Train nothing: the table and the figure of what is recorded."""
+    time: bool = False
+    """Train nothing: time a training step of each, on a machine that does nothing else."""
     runs: Path = Path("runs/convergence")
     """Where the runs are kept."""
 
 
-def run(config: Config, name: str, rate: float, seed: int) -> dict[str, Any]:
-    """One training run."""
+def arguments(config: Config, name: str, rate: float, seed: int) -> list[str]:
+    """Those of `examples/pretrain.py` for a run."""
     entry = STUDY[name]
-    out = config.runs / f"{name.replace(', ', '-').replace(' ', '-')}-{rate:g}-{seed}"
     argv = ["--optimizer", entry.optimizer, "--learning-rate", f"{rate:g}", "--seed", str(seed)]
     if entry.rank:
         argv += ["--rank", str(entry.rank)]
     if entry.settings:
         argv += ["--set", *entry.settings.split()]
-    if config.quick:
-        argv += QUICK
-    return trained(out, argv)
+    return argv + (QUICK if config.quick else [])
+
+
+def run(config: Config, name: str, rate: float, seed: int) -> dict[str, Any]:
+    """One training run."""
+    out = config.runs / f"{name.replace(', ', '-').replace(' ', '-')}-{rate:g}-{seed}"
+    return trained(out, arguments(config, name, rate, seed))
 
 
 def trained(out: Path, argv: list[str]) -> dict[str, Any]:
@@ -140,6 +148,31 @@ def study(config: Config) -> None:
             loss(config, name, rate, seed)
 
 
+def step_ms(config: Config, name: str) -> float:
+    """The median of 50 training steps, with forward and backward pass."""
+    argv = ["--out", str(config.runs / "timed"), "--overwrite"]
+    argv += arguments(config, name, STUDY[name].rate, seed=0)
+    run = pretrain.prepare(pretrain.parse(argv)).run
+    step, state, times = run.compile(), run.init(), []
+    for t in range(1, 54):
+        batch = next(run.batches)
+        begun = time.perf_counter()
+        state, _ = jax.block_until_ready(step(t, state, batch))
+        times.append(1e3 * (time.perf_counter() - begun))
+    return median(times[3:])
+
+
+def measure(config: Config) -> None:
+    """A row for each entry: its step, also over AdamW's."""
+    rows: list[dict[str, Any]] = []
+    for name in ("adamw", *(x for x in config.only if x != "adamw")):
+        rows.append({"entry": name, "train_step_ms": round(step_ms(config, name), 1)})
+        rows[-1]["over_adamw"] = round(rows[-1]["train_step_ms"] / rows[0]["train_step_ms"], 3)
+        print(rows[-1], flush=True)
+    if not config.quick:
+        record.write("train_step", rows)
+
+
 def summarize() -> list[dict[str, Any]]:
     """A row for each entry that has all its runs: at its best rate, over the seeds."""
     rows: list[dict[str, Any]] = []
@@ -162,20 +195,26 @@ def summarize() -> list[dict[str, Any]]:
             }
         )
     target = next((x["mean_loss"] for x in rows if x["entry"] == "adamw"), -math.inf)
+    timed = record.RESULTS / "train_step.json"
+    times = json.loads(timed.read_text())["rows"] if timed.exists() else []
+    over_adamw = {x["entry"]: x["over_adamw"] for x in times}
     for row in rows:
-        row["steps_to_adamw"] = steps_to(target, row["steps"], row["losses"])
+        steps = steps_to(target, row["steps"], row["losses"])
+        part = steps / row["steps"][-1] * over_adamw.get(row["entry"], math.nan)
+        row["steps_to_adamw"] = f"{steps:.0f}" if steps < math.inf else "-"
+        row["time_to_adamw"] = f"{part:.2f}" if part < math.inf else "-"
     return rows
 
 
-def steps_to(target: float, steps: list[int], losses: list[float]) -> str:
+def steps_to(target: float, steps: list[int], losses: list[float]) -> float:
     """The step at which a curve comes to the target, on a line between the two looks at it."""
     for i, y in enumerate(losses):
         if y <= target:
             if i == 0:
-                return f"{steps[0]}"
+                return steps[0]
             part = (losses[i - 1] - target) / (losses[i - 1] - y)
-            return f"{steps[i - 1] + part * (steps[i] - steps[i - 1]):.0f}"
-    return "-"
+            return steps[i - 1] + part * (steps[i] - steps[i - 1])
+    return math.inf
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
@@ -201,6 +240,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         "validation loss": "{mean_loss:.4f}",
         "spread": "{spread:.4f}",
         "steps to AdamW's": "{steps_to_adamw}",
+        "time to it": "{time_to_adamw}",
         "state, MiB": "{state_mib:.1f}",
     }
     return record.table(sorted(rows, key=lambda row: row["mean_loss"]), columns)
@@ -208,7 +248,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     config = tyro.cli(Config, args=argv, config=(tyro.conf.FlagCreatePairsOff,))
-    if not config.draw:
+    if config.time:
+        measure(config)
+    elif not config.draw:
         study(config)
     if config.quick:
         return

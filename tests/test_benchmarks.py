@@ -1,5 +1,6 @@
 """The benchmarks run, in their small versions, and write nothing to the records."""
 
+import ast
 import contextlib
 import io
 import json
@@ -31,13 +32,26 @@ def test_convergence_walks_to_the_best_rate(tmp_path, monkeypatch):
         }
 
     monkeypatch.setattr(convergence, "run", run)
+    timed = {"rows": [{"entry": "adamw", "over_adamw": 1.0}]}
+    (tmp_path / "train_step.json").write_text(json.dumps(timed))
     with contextlib.redirect_stdout(io.StringIO()) as out:
         convergence.main(["--only", "adamw"])
         convergence.main(["--only", "adamw"])
     rates = [2e-3, 3e-3, 5e-3, 7e-3, 1e-2, 1.5e-2]
     assert sorted(made) == sorted([(x, 0) for x in rates] + [(7e-3, 1), (7e-3, 2)])
-    assert "| adamw | 0.007 | 1.1000 | 0.2000 | 100 | 1.0 |" in out.getvalue()
+    assert "| adamw | 0.007 | 1.1000 | 0.2000 | 100 | 1.00 | 1.0 |" in out.getvalue()
     assert (tmp_path / "convergence.svg").stat().st_size > 10_000
+
+
+def test_convergence_times_steps(tmp_path):
+    import convergence
+
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        convergence.main(["--quick", "--time", "--runs", str(tmp_path), "--only", "mofasgd"])
+    first, second = map(ast.literal_eval, out.getvalue().splitlines())
+    assert (first["entry"], first["over_adamw"], second["entry"]) == ("adamw", 1, "mofasgd")
+    ratio = second["train_step_ms"] / first["train_step_ms"]
+    assert second["over_adamw"] == pytest.approx(ratio, abs=1e-3)
 
 
 def test_convergence_trains(tmp_path):
