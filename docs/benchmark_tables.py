@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import claims
 import convergence
 import finetuning
 import record
@@ -29,6 +30,7 @@ COLUMNS = {
     "error_at_1e+01": ("error at 10", "{:.1e}"),
     "error_at_1e+03": ("at 1e3", "{:.1e}"),
     "error_at_1e+05": ("at 1e5", "{:.1e}"),
+    "train_step_ms": ("training step, ms", "{:.0f}"),
     "from": ("from step", "{}"),
     "to": ("to step", "{}"),
     "old": ("energy of the old one", "{:.3f}"),
@@ -49,8 +51,8 @@ COLUMNS = {
     "over_whole_reduced": ("all-reduced over theirs", "{:.2f}"),
 }
 LEFT_OUT = {"worst_ms", "steps", "tokens"}
-# Records of single runs, of which pages show the means.
-STUDIES = {"convergence": convergence, "finetuning": finetuning}
+# Records of which pages show means, or a part.
+STUDIES = {"claims": claims, "convergence": convergence, "finetuning": finetuning}
 
 
 def write(folder: Path, named: str) -> None:

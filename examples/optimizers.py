@@ -14,11 +14,11 @@ import sumo_optax
 
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-# name: learning rate, and that of the Adam for leaves that are no matrices; swept for `tiny` in
-# benchmarks/convergence.py, but for online_subspace_descent's.
+# name: learning rate, and that of the Adam for leaves that are no matrices; the first was swept for
+# `tiny` by benchmarks/convergence.py.
 LEARNING_RATES = {
     "sumo": (1.5e-2, 5e-3),
-    "online_subspace_descent": (1e-2, 5e-3),
+    "online_subspace_descent": (5e-3, 5e-3),
     "mofasgd": (7e-3, 5e-3),
     "galore": (5e-3, 5e-3),
     "muon": (2e-2, 5e-3),

@@ -24,6 +24,21 @@ def test_subspaces_are_as_good_as_recorded():
     assert f"every 200 steps captured {svd['mean_energy']:.2f}" in words
 
 
+def test_claims_are_the_recorded_ones():
+    looks = json.loads((ROOT / "benchmarks/results/claims.json").read_text())["rows"]
+    words = " ".join((ROOT / "docs/benchmarks.md").read_text().split())
+    for name, algorithm in (("the default", "sumo"), ("as published", "sumo as published")):
+        first, *_, last = [x["median_condition"] for x in looks if x["algorithm"] == algorithm]
+        assert f"{first:,.0f}" in words and f"to {last:,.0f}" in words, name
+    errors = [x["median_error"] for x in looks]
+    assert f"by {min(errors):.2f} to {max(errors):.2f} of the norm" in words
+    rows = {row["entry"]: row for row in convergence.summarize()}
+    for exact in ("sumo", "sumo as published"):
+        approximate = rows[f"{exact}, Newton-Schulz"]
+        spread = max(rows[exact]["spread"], approximate["spread"])
+        assert abs(rows[exact]["mean_loss"] - approximate["mean_loss"]) < spread / 3
+
+
 def test_every_page_is_in_the_contents():
     pages = {path.stem for path in (ROOT / "docs").glob("*.md")} - {"index"}
     contents = set((ROOT / "docs/index.md").read_text().split())
