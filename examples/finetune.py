@@ -30,7 +30,6 @@ import numpy as np
 import optax
 import optimizers
 import run_folder
-import text
 import tokenizers
 import training
 import tyro
@@ -166,7 +165,7 @@ def prepare(config: Config) -> Finetuning:
         eval_every=per_epoch,
         save_every=per_epoch,
         units=(config.batch, "rows"),
-        batches=text.shuffled_batches(examples, batch=config.batch, seed=config.seed),
+        batches=glue.batches(examples, batch=config.batch, seed=config.seed),
         batch_sharding=None,
         init=init,
         state=training.on_one_device(jax.eval_shape(init)),

@@ -4,8 +4,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import grain
+import grain.experimental
 import hub
 import numpy as np
+import text
 import tokenizers
 from scipy import stats
 from sklearn import metrics
@@ -144,7 +147,7 @@ class Examples:
         tokenizer.enable_truncation(length)
         tokenizer.enable_padding(length=length)
         # A pair, or the text alone.
-        texts = [text if len(text) > 1 else text[0] for text in rows.texts]
+        texts = [row if len(row) > 1 else row[0] for row in rows.texts]
         encodings = tokenizer.encode_batch_fast(texts)
         self.arrays = {
             "tokens": np.array([e.ids for e in encodings], np.int32),
@@ -158,6 +161,33 @@ class Examples:
 
     def __getitem__(self, index: Any) -> dict[str, np.ndarray]:
         return {name: array[index] for name, array in self.arrays.items()}
+
+
+class ByLength(grain.experimental.FlatMapTransform):
+    """A pool of rows as batches of like length, without most of the padding."""
+
+    def __init__(self, batch: int, count: int):
+        self.batch = batch
+        self.max_fan_out = count  # batches in a pool
+
+    def flat_map(self, element: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+        lengths = element["mask"].sum(1)
+        order = np.argsort(lengths, kind="stable").reshape(-1, self.batch)
+        return [cut(element, rows, lengths[rows].max()) for rows in order]
+
+
+def cut(pool: dict[str, np.ndarray], rows: np.ndarray, length: int) -> dict[str, np.ndarray]:
+    """Some rows, up to the next multiple of 32 tokens: a program for each such is compiled."""
+    tokens = -(-length // 32) * 32
+    return {k: x[rows, :tokens] if x.ndim == 2 else x[rows] for k, x in pool.items()}
+
+
+def batches(examples: Examples, *, batch: int, seed: int) -> grain.DatasetIterator:
+    """Batches without end, in another order each time round, of rows of like length."""
+    # Pools of a quarter of all rows at most, so that other rows meet each time round.
+    count = max(1, min(8, len(examples) // (4 * batch)))
+    pools = text.shuffled(examples, seed).batch(count * batch)
+    return iter(grain.experimental.FlatMapIterDataset(pools, ByLength(batch, count)))
 
 
 def score(task: Task, labels: np.ndarray, logits: np.ndarray) -> dict[str, float]:

@@ -160,7 +160,12 @@ def shuffled_batches(
     source: grain.sources.RandomAccessDataSource[T], *, batch: int, seed: int
 ) -> grain.DatasetIterator[T]:
     """Batches without end, in another order each time round."""
+    return iter(shuffled(source, seed).batch(batch))
+
+
+def shuffled(source: grain.sources.RandomAccessDataSource[T], seed: int) -> grain.IterDataset[T]:
+    """Its elements without end, in another order each time round."""
     data = grain.MapDataset.source(source).shuffle(seed).repeat()
     # All of it is in memory: threads would only wait for each other.
     options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    return iter(data.to_iter_dataset(options).batch(batch))
+    return data.to_iter_dataset(options)

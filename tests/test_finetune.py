@@ -232,6 +232,28 @@ def write_hub(folder: Path, tasks: dict[str, list[dict]]) -> None:
     (folder / "README.md").write_text("\n".join([*lines, "---", ""]))
 
 
+def test_batches_are_of_like_length_and_cut_to_it():
+    """Each time round has every row once, whole; others meet the next time; little is padding."""
+    batch, count = 4, 128
+    lengths = np.random.default_rng(0).integers(1, 100, count)
+    mask = (np.arange(128) < lengths[:, None]).astype(np.int32)
+    examples = [
+        {"tokens": m * i, "types": 0 * m, "mask": m, "labels": np.int32(i)}
+        for i, m in enumerate(mask)
+    ]
+    batches = glue.batches(examples, batch=batch, seed=0)
+    first, second = ([next(batches) for _ in range(count // batch)] for _ in range(2))
+    rows = lambda seen: [tuple(x["labels"]) for x in seen]
+    assert sorted(sum(rows(first), ())) == sorted(sum(rows(second), ())) == list(range(count))
+    assert not set(rows(first)) & set(rows(second))
+    for x in first:
+        np.testing.assert_array_equal(x["mask"].sum(1), lengths[x["labels"]])
+        np.testing.assert_array_equal(x["tokens"], x["mask"] * x["labels"][:, None])
+        assert x["mask"].shape[1] == 32 * -(-lengths[x["labels"]].max() // 32)
+    # Batches of rows as they come would have 0.5.
+    assert sum(x["mask"].sum() for x in first) > 0.65 * sum(x["mask"].size for x in first)
+
+
 def test_metrics_are_those_of_the_definitions():
     labels, logits = np.array([1, 1, 1, 0, 0, 0]), np.eye(2)[[1, 1, 0, 1, 0, 0]]
     assert glue.score(glue.find("rte"), labels, logits) == {"accuracy": 4 / 6}
