@@ -32,7 +32,15 @@ def test_bytes_sent_are_the_recorded_ones():
 
 
 def test_table_of_the_study_is_the_recorded_one():
-    assert convergence.table(convergence.summarize()) in README
+    rows = convergence.summarize()
+    assert convergence.table(rows) in README
+    by_name = {row["entry"]: row for row in rows}
+    words = " ".join(README.split())
+    assert f"AdamW's end in {by_name['sumo']['time_to_adamw']} of its time" in words
+    better = by_name["sumo as published"]["mean_loss"] - by_name["sumo"]["mean_loss"]
+    assert f"{better:.2f} nats better than as published" in words
+    behind = [row["mean_loss"] for name, row in by_name.items() if "sumo" not in name]
+    assert sorted(behind)[:2] == [by_name[name]["mean_loss"] for name in ("optax muon", "adamw")]
 
 
 def test_step_table_is_the_recorded_one():
