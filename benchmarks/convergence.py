@@ -221,8 +221,10 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """The curves of all entries, in the order of their ends."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    for row in sorted(rows, key=lambda row: row["mean_loss"], reverse=True):
-        axes.plot(row["steps"], row["losses"], "o-", markersize=3, label=row["entry"])
+    in_order = sorted(rows, key=lambda row: row["mean_loss"], reverse=True)
+    for i, row in enumerate(in_order):  # there are ten colours
+        style = "o-" if i < 10 else "s--"
+        axes.plot(row["steps"], row["losses"], style, markersize=3, label=row["entry"])
     axes.set(xlabel="step", ylabel="validation loss, nats per byte", yscale="log")
     for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
         axis("{x:.1f}")

@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ def write(name: str, rows: list[dict[str, Any]], arguments: Sequence[str] | None
     arguments = sys.argv[1:] if arguments is None else arguments
     versions = {p: importlib.metadata.version(p) for p in PACKAGES}
     record = {
-        "command": " ".join(["python", "benchmarks/" + Path(sys.argv[0]).name, *arguments]),
+        "command": shlex.join(["python", "benchmarks/" + Path(sys.argv[0]).name, *arguments]),
         "machine": machine(),
         "python": platform.python_version(),
         "versions": versions,
