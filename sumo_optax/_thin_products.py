@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from sumo_optax._gradient import ProjectedGradient
+from sumo_optax._linalg import product as long_product
 from sumo_optax._matrix import View
 
 Axes = tuple[int, ...]
@@ -160,8 +161,12 @@ def _thin_forward(options, x, w, bases, probes):
 def _thin_backward(options, kept, dy):
     x, seen, w, B_q, probes, like = kept
     dx = _dot((options[0], None), dy, w.T).astype(like.dtype)
-    first = None if seen is None else (seen.T @ dy).astype(probes[0].dtype)
-    second = None if x is None else ((dy @ B_q.astype(dy.dtype)).T @ x).astype(probes[1].dtype)
+    first = None if seen is None else long_product(seen.T, dy).astype(probes[0].dtype)
+    second = (
+        None
+        if x is None
+        else long_product((dy @ B_q.astype(dy.dtype)).T, x).astype(probes[1].dtype)
+    )
     return dx, None, None, (first, second)
 
 
