@@ -31,10 +31,9 @@ import record
 import subspace
 import sweep
 
-PUBLISHED = {"basis": "randomized_svd", "refresh_every": 200, "residual": "gradient"}
-PUBLISHED |= {"momentum": 0.95, "nesterov": False}
-ALGORITHMS: dict[str, dict[str, Any]] = {"sumo": {}, "sumo as published": PUBLISHED}
-RATES = {"sumo": 1.5e-2, "sumo as published": 1e-2}  # the convergence study's best
+PUBLISHED = "sumo as published"
+RATES = {"sumo": 1.5e-2, PUBLISHED: 1e-2}  # the convergence study's best
+ALGORITHMS = {name: optimizers.parse(convergence.STUDY[name].settings.split()) for name in RATES}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +101,7 @@ GRID = sweep.Record("grid", ("rank", "refresh_every", "learning_rate", "seed"))
 
 
 def grid_run(config: Config, rank: int, interval: int, rate: float, seed: int) -> dict[str, Any]:
-    settings = {**PUBLISHED, "refresh_every": interval}
+    settings = {**ALGORITHMS[PUBLISHED], "refresh_every": interval}
     argv = ["--rank", str(rank), "--learning-rate", f"{rate:g}", "--seed", str(seed)]
     argv += ["--steps", str(config.steps), *config.pretrain.split()]
     argv += ["--set", *(f"{k}={v}" for k, v in settings.items())]
@@ -159,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("written:", record.write("claims", rows))
         for rank, interval in itertools.product(config.ranks, config.intervals):
             make = functools.partial(grid_run, config)
-            GRID.get(rank, interval, RATES["sumo as published"], 0, make=make)
+            GRID.get(rank, interval, RATES[PUBLISHED], 0, make=make)
     rows = json.loads((record.RESULTS / "claims.json").read_text())["rows"]
     draw(rows, record.RESULTS / "claims.svg")
     grid = {

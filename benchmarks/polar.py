@@ -1,6 +1,6 @@
 """The polar factor: how exact each method is, and what it costs over five Newton-Schulz steps.
 
-python benchmarks/polar.py                 # r of 8 to 512 at n = 2048: two minutes on two cores
+python benchmarks/polar.py                 # r of 8 to 512 at n = 2048: seconds
 """
 
 import dataclasses

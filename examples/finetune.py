@@ -50,8 +50,6 @@ LEARNING_RATES = {
     "adamw": (1e-4, 1e-4),
     "lora": (1e-3, 1e-3),
 }
-
-
 RANK = 8
 
 

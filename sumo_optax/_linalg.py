@@ -23,21 +23,20 @@ def _highest_precision(fn):
     return wrapped
 
 
+def largest_entry(x: jax.Array) -> jax.Array:
+    """max |x|, or 1 where x = 0."""
+    largest = jnp.max(jnp.abs(x))
+    return jnp.where(largest > 0, largest, 1)
+
+
 def unit_scale(x: jax.Array) -> jax.Array:
     """`x` over its largest entry, so that squares of 1e30 and 1e-30 stay in range; 0 stays 0."""
-    largest = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
-    return x / jnp.where(largest > 0, largest, 1)
+    return x / largest_entry(x)
 
 
 def _at_most_one(x: jax.Array) -> jax.Array:
     """`x` of largest entry 1 at Frobenius norm 1: no singular value is above 1; 0 stays 0."""
     return x / jnp.maximum(jnp.linalg.norm(x), 1)
-
-
-def largest_entry(x: jax.Array) -> jax.Array:
-    """max |x|, or 1 where x = 0."""
-    largest = jnp.max(jnp.abs(x))
-    return jnp.where(largest > 0, largest, 1)
 
 
 def product(left: jax.Array, right: jax.Array) -> jax.Array:
@@ -111,8 +110,9 @@ def polar_factor(x: jax.Array, *, method: PolarMethod = "auto") -> jax.Array:
     rule = {"svd": _polar_by_svd, "reduced": _polar_reduced, "newton_schulz": _newton_schulz}[
         method
     ]
-    y = unit_scale(y.astype(jnp.promote_types(x.dtype, jnp.float32)))
-    o = jnp.vectorize(rule, signature="(r,n)->(r,n)")(y).astype(x.dtype)
+    of_one = lambda y: rule(unit_scale(y))
+    y = y.astype(jnp.promote_types(x.dtype, jnp.float32))
+    o = jnp.vectorize(of_one, signature="(r,n)->(r,n)")(y).astype(x.dtype)
     return o if wide else o.mT
 
 
@@ -127,8 +127,8 @@ def _polar_by_svd(x: jax.Array) -> jax.Array:
 
 
 def above_rounding(s: jax.Array) -> jax.Array:
-    """Which singular values, the largest first, are not lost in rounding."""
-    return s > 4 * jnp.finfo(s.dtype).eps * s[0]
+    """Which singular values, the largest first, are not lost in rounding; NaN is to be seen."""
+    return ~(s <= 4 * jnp.finfo(s.dtype).eps * s[0])
 
 
 @_highest_precision
@@ -194,6 +194,6 @@ def orthonormal_columns(
 
 def svd(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """U (m x k), s and V (n x k) of x = U diag(s) Vᵀ, k the short side; of any scale."""
-    largest = jnp.max(jnp.abs(x))
-    u, s, vt = jnp.linalg.svd(unit_scale(x), full_matrices=False)
+    largest = largest_entry(x)
+    u, s, vt = jnp.linalg.svd(x / largest, full_matrices=False)
     return u, s * largest, vt.T

@@ -63,7 +63,7 @@ class View(NamedTuple):
         return self.batch_axes + sides
 
     def to_matrices(self, leaf: jax.Array) -> jax.Array:
-        return leaf.transpose(self.axes).reshape(*self.batch, self.m, self.n)
+        return self.as_stored(leaf).mT if self.wide else self.as_stored(leaf)
 
     def as_stored(self, leaf: jax.Array) -> jax.Array:
         """(*batch, m, n), where wide (*batch, n, m): most often the leaf as it is."""
@@ -229,12 +229,10 @@ def _step_leaf(
         matrices = dataclasses.replace(_cast(G, dtype), shape=(view.m, view.n))
     else:
         matrices = WholeGradient(view.as_stored(G.astype(dtype)), view.wide)
-    D, new, good = _step_batch(rule, view, matrices, _cast(old, dtype), t, place, key)
+    step = functools.partial(_step_batch, rule, view, skip_nonfinite, place)
+    D, new, bad = step(matrices, _cast(old, dtype), t, key)
     new = jax.tree.map(lambda x, o: x.astype(o.dtype), new, old)
-    bad = jnp.zeros([], jnp.int32)
-    if skip_nonfinite:
-        D, new, bad = _or_zero(good, D), _where(good, new, old), jnp.sum(~good, dtype=jnp.int32)
-    return view.to_leaf(D).astype(G.dtype), jax.tree.leaves(new), bad
+    return view.to_leaf(D).astype(G.dtype), jax.tree.leaves(new), jnp.sum(bad, dtype=jnp.int32)
 
 
 def _is_projected(x: Any) -> bool:
@@ -264,21 +262,23 @@ def _cast(tree: PyTree, dtype: Any) -> PyTree:
     )
 
 
-def _step_batch(rule: Rule, view: View, G, state, t, place: float, key):
-    """A step of every matrix of a leaf, D or Dᵀ; and of which the state after it is finite.
+def _step_batch(rule: Rule, view: View, skip_nonfinite: bool, place: float, G, state, t, key):
+    """A step of every matrix of a leaf, D or Dᵀ; and which were skipped, their state not finite.
 
     A NaN or Inf anywhere in G makes it not so, since QᵀG and the like read all of G: a look at the
     small state is a look at G. 0 times NaN or Inf is NaN; a sum is faster than a logical reduction.
     """
     due = lambda *state: rule.due(t, state, place)
 
-    def step(G, *state):
-        D, state = rule.step(G, state, t, any_due, lambda: jax.random.fold_in(key, t))
-        zero = jnp.stack([jnp.sum(0 * x) for x in jax.tree.leaves(state)])
-        good = jnp.all(zero == 0)
+    def step(G, *old):
+        D, new = rule.step(G, old, t, any_due, lambda: jax.random.fold_in(key, t))
+        if not skip_nonfinite:
+            return D.of(G, transposed=view.wide), new, jnp.zeros([], bool)
+        good = jnp.all(jnp.stack([jnp.sum(0 * x) for x in jax.tree.leaves(new)]) == 0)
         # Or the compiler may multiply all updates out first, and keep them till it knows.
-        D = D._replace(right=jnp.where(good, D.right, 0))
-        return D.of(G, transposed=view.wide), state, good
+        D = D._replace(right=_or_zero(good, D.right)).of(G, transposed=view.wide)
+        new = jax.tree.map(lambda x, o: jnp.where(good, x, o), new, old)
+        return _or_zero(good, D), new, ~good
 
     for _ in view.batch_axes:
         due, step = jax.vmap(due), _for_each(step)
@@ -297,14 +297,8 @@ def _for_each(step: Callable[..., PyTree]) -> Callable[..., PyTree]:
     return jax.vmap(step)
 
 
-def _where(good: jax.Array, a: PyTree, b: PyTree) -> PyTree:
-    """`a` for good matrices, `b` for others."""
-    pick = lambda x, y: jnp.where(good.reshape(good.shape + (1,) * (x.ndim - good.ndim)), x, y)
-    return jax.tree.map(pick, a, b)
-
-
 def _or_zero(good: jax.Array, x: jax.Array) -> jax.Array:
-    return _where(good, x, jnp.zeros_like(x))
+    return jnp.where(good, x, jnp.zeros_like(x))
 
 
 def _without_matrices(treedef, leaves, views) -> PyTree:

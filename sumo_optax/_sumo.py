@@ -188,6 +188,7 @@ def scale_by_sumo(
         scale = 1.0 if consistent_rms is None else consistent_rms * max(G.shape) ** 0.5
         if residual == "scaled":
             phi = _step_over_gradient(O, G_hat)
+            # Where phi is 0 the norm may have overflown.
             norm = jnp.linalg.norm(jnp.where(phi > 0, phi * _residual_norms(G, G_hat), 0))
             factor, update_norm = _limited(norm, update_norm, norm_growth_limit)
             phi = phi * factor
@@ -197,7 +198,7 @@ def scale_by_sumo(
             norm = jnp.linalg.norm(O)
             factor, update_norm = _limited(norm, update_norm, norm_growth_limit)
             D = Update(Q, scale * factor * O)
-            if residual == "gradient":
+            if residual == "gradient":  # s Q O + G - Q Ĝ
                 D = Update(Q, D.right - G_hat, jnp.ones_like(G_hat[0]))
 
         # Block 1 of the next step, from what this one has at hand.

@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sumo_optax import _linalg
 from sumo_optax._gradient import ProjectedGradient
-from sumo_optax._linalg import product as long_product
 from sumo_optax._matrix import View
 
 Axes = tuple[int, ...]
@@ -161,12 +161,9 @@ def _thin_forward(options, x, w, bases, probes):
 def _thin_backward(options, kept, dy):
     x, seen, w, B_q, probes, like = kept
     dx = _dot((options[0], None), dy, w.T).astype(like.dtype)
-    first = None if seen is None else long_product(seen.T, dy).astype(probes[0].dtype)
-    second = (
-        None
-        if x is None
-        else long_product((dy @ B_q.astype(dy.dtype)).T, x).astype(probes[1].dtype)
-    )
+    thin = lambda left, right, probe: _linalg.product(left, right).astype(probe.dtype)
+    first = None if seen is None else thin(seen.T, dy, probes[0])
+    second = None if x is None else thin((dy @ B_q.astype(dy.dtype)).T, x, probes[1])
     return dx, None, None, (first, second)
 
 

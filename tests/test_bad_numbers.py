@@ -169,9 +169,10 @@ def test_float16_with_a_loss_scale(make):
 def test_without_the_guard_a_nan_stays(make):
     tx = make(skip_nonfinite=False)
     state, update = tx.init(PARAMS), jax.jit(tx.update)
-    _, state = update(jax.tree.map(lambda x: x * jnp.nan, PARAMS), state)
-    updates, state = update(like(PARAMS, 0), state)
-    assert np.isnan(updates["one"]["kernel"]).any() and state.skipped == 0
+    _, state = update(like(PARAMS, 0), state)  # a basis that a NaN then meets
+    for grads in (jax.tree.map(lambda x: x * jnp.nan, PARAMS), like(PARAMS, 1)):
+        updates, state = update(grads, state)
+        assert np.isnan(updates["one"]["kernel"]).any() and state.skipped == 0
 
 
 numbers = strategies.floats(-(2.0**100), 2.0**100, width=32, allow_subnormal=False)
