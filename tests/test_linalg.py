@@ -36,11 +36,12 @@ def test_polar_factor_is_exact(shape, method):
 
 
 @pytest.mark.parametrize("r", [8, 32, 128, pytest.param(512, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("condition", [1e1, 1e3, 1e5])
-def test_reduction_is_as_exact_as_the_svd(r, condition):
+@pytest.mark.parametrize("condition", [1e1, 60, 1e3, 1e5])  # eigenvectors serve up to 64
+@pytest.mark.parametrize("method", ["reduced", "auto"])
+def test_the_faster_ways_are_as_exact_as_the_svd(r, condition, method):
     X = with_condition((r, 4 * r), condition)
     plain = error(sumo_optax.polar_factor(X, method="svd"), X)
-    assert error(sumo_optax.polar_factor(X, method="reduced"), X) < 2 * plain
+    assert error(sumo_optax.polar_factor(X, method=method), X) < 2 * plain
 
 
 @pytest.mark.parametrize("method", EXACT)
@@ -77,6 +78,13 @@ def test_polar_factor_is_batched_and_keeps_the_dtype():
     half = sumo_optax.polar_factor(jnp.asarray(X, jnp.bfloat16))
     assert half.dtype == jnp.bfloat16
     np.testing.assert_allclose(half.astype(np.float32), O, atol=0.05)  # bfloat16 has 8 bits
+
+
+def test_one_ill_conditioned_matrix_leaves_its_batch_exact():
+    X = np.stack([with_condition((16, 80), condition) for condition in (10, 1e4, 60)])
+    plain = sumo_optax.polar_factor(X, method="svd")
+    for O in (sumo_optax.polar_factor(X), jax.vmap(sumo_optax.polar_factor)(X)):
+        assert all(error(o, x) < 2 * error(p, x) for o, p, x in zip(O, plain, X, strict=True))
 
 
 def test_newton_schulz_is_muons_five_steps():
