@@ -2,7 +2,7 @@
 
 python benchmarks/convergence.py                                  # all of it: many hours
 python benchmarks/convergence.py --only adamw sumo muon           # some
-python benchmarks/convergence.py --draw                           # table and figure of the record
+python benchmarks/convergence.py --draw                           # table and figures of the record
 python benchmarks/convergence.py --time                           # their steps, on a quiet machine
 python benchmarks/convergence.py --quick                          # a few steps of a small model
 
@@ -80,7 +80,7 @@ class Config:
     quick: bool = False
     """A small version, for the tests: one rate each, nothing recorded."""
     draw: bool = False
-    """Train nothing: the table and the figure of what is recorded."""
+    """Train nothing: the table and the figures of what is recorded."""
     time: bool = False
     """Train nothing: time a training step of each, on a machine that does nothing else."""
     runs: Path = Path("runs/convergence")
@@ -234,6 +234,29 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
+def draw_costs(rows: list[dict[str, Any]], path: Path) -> None:
+    """What each entry holds, and its time to AdamW's end where it comes to it."""
+    in_order = sorted(rows, key=lambda row: row["mean_loss"], reverse=True)
+    names = [row["entry"] for row in in_order]
+    figure = Figure(figsize=(8, 1 + 0.25 * len(rows)), layout="constrained")
+    state, times = figure.subplots(1, 2, sharey=True)
+    state.barh(names, [row["state_mib"] for row in in_order])
+    state.set(xlabel="optimizer state, MiB")
+    reached = [
+        0.0 if row["time_to_adamw"] == "-" else float(row["time_to_adamw"]) for row in in_order
+    ]
+    bars = times.barh(names, reached, color="C1")
+    times.bar_label(
+        bars, ["" if time else "not reached" for time in reached], padding=3, color="gray"
+    )
+    times.set(xlabel="time to AdamW's loss, over AdamW's")
+    for axes in (state, times):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="x", alpha=0.3)
+        axes.set_axisbelow(True)
+    figure.savefig(path, metadata={"Date": None})
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """All entries, the best first."""
     columns = {
@@ -258,6 +281,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     rows = summarize()
     draw(rows, record.RESULTS / "convergence.svg")
+    draw_costs(rows, record.RESULTS / "convergence_costs.svg")
     print(table(rows))
 
 

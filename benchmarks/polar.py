@@ -83,7 +83,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows += of_rank
     print("written:", record.write("polar", rows))
     columns = {"r": "{r}", "method": "{method}"}
-    times = {f"over Newton-Schulz at {c:.0e}": f"{{over_newton_schulz_at_{c:.0e}:.2f}}" for c in TIMED}
+    times = {
+        f"over Newton-Schulz at {c:.0e}": f"{{over_newton_schulz_at_{c:.0e}:.2f}}" for c in TIMED
+    }
     errors = {f"error at {c:.0e}": f"{{error_at_{c:.0e}:.1e}}" for c in CONDITIONS}
     print(record.table(rows, columns | times | errors))
 

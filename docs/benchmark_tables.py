@@ -9,6 +9,7 @@ import claims
 import convergence
 import finetuning
 import record
+import tuning
 
 # What has a better title or format than its own; bytes are told in MiB.
 COLUMNS = {
@@ -54,7 +55,12 @@ COLUMNS = {
 }
 LEFT_OUT = {"worst_ms", "steps", "tokens"}
 # Records of which pages show means, or a part.
-STUDIES = {"claims": claims, "convergence": convergence, "finetuning": finetuning}
+STUDIES = {
+    "claims": claims,
+    "convergence": convergence,
+    "finetuning": finetuning,
+    "tuning": tuning,
+}
 
 
 def write(folder: Path, named: str) -> None:

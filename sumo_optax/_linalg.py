@@ -124,7 +124,7 @@ def check_polar_method(method: str) -> None:
 @jax.custom_batching.custom_vmap
 @_highest_precision
 def _polar_auto(x: jax.Array) -> jax.Array:
-    """By eigenvectors of xxᵀ, or for any matrix of a batch that is ill conditioned, all robustly."""
+    """By eigenvectors of xxᵀ; robustly where x, or any matrix of a batch, is ill conditioned."""
     eigenvectors, eigenvalues = jax.lax.linalg.eigh(x @ x.mT, symmetrize_input=False)
     well = eigenvalues[..., 0] * _WELL_CONDITIONED**2 > eigenvalues[..., -1]
     short, long = x.shape[-2:]

@@ -41,6 +41,7 @@ def test_convergence_walks_to_the_best_rate(tmp_path, monkeypatch):
     assert sorted(made) == sorted([(x, 0) for x in rates] + [(7e-3, 1), (7e-3, 2)])
     assert "| adamw | 0.007 | 1.1000 | 0.2000 | 100 | 1.00 | 1.0 |" in out.getvalue()
     assert (tmp_path / "convergence.svg").stat().st_size > 10_000
+    assert (tmp_path / "convergence_costs.svg").stat().st_size > 10_000
 
 
 def test_convergence_times_steps(tmp_path):
@@ -67,6 +68,30 @@ def test_convergence_trains(tmp_path):
     losses = [s["validation_loss"] for s in summaries]
     # Four steps neither learn nor diverge: about the log of 256 equally likely bytes.
     assert len(losses) == 2 and all(4 < loss < 8 for loss in losses)
+
+
+def test_tuning_compares_seed_by_seed(tmp_path, monkeypatch):
+    import convergence
+    import record
+    import tuning
+
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    made = []
+
+    def trained(out, argv):
+        made.append(argv)
+        seed = int(argv[argv.index("--seed") + 1])
+        return {"validation_loss": 1.5 + seed / 10 + 0.01 * (1 + seed) * ("--set" in argv)}
+
+    monkeypatch.setattr(convergence, "trained", trained)
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        tuning.main(["--only", "the default", "no Nesterov"])
+        tuning.main(["--draw"])
+    assert len(made) == 4, "drawing trains nothing"
+    assert made[-1] == ["--learning-rate", "0.015", "--seed", "1", "--set", "nesterov=False"]
+    assert out.getvalue().count("| no Nesterov | 1.5650 | +0.0150 | +0.0100, +0.0200 |") == 2
+    with pytest.raises(SystemExit, match="no variant 'sgd'"):
+        tuning.main(["--only", "sgd"])
 
 
 @pytest.mark.slow
