@@ -33,7 +33,7 @@ import sweep
 
 RATES = [digit * 10.0**power for power in range(-4, 0) for digit in (1, 1.5, 2, 3, 5, 7)]
 SEEDS = (0, 1, 2)
-PUBLISHED = "basis=randomized_svd refresh_every=200 momentum=0.95 nesterov=False"
+PUBLISHED = "basis=randomized_svd side=long refresh_every=200 momentum=0.95 nesterov=False"
 
 
 @dataclasses.dataclass(frozen=True)

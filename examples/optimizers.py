@@ -27,7 +27,7 @@ LEARNING_RATES = {
 
 # Those that read no more than projected gradients between refreshes, and the form in which they do.
 SUBSPACE_GRADIENTS: dict[str, dict[str, Any]] = {
-    "sumo": {"basis": "randomized_svd", "residual": None, "refresh_every": 200},
+    "sumo": {"basis": "randomized_svd", "side": "long", "residual": None, "refresh_every": 200},
     "mofasgd": {},
 }
 

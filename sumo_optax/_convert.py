@@ -217,6 +217,8 @@ def _start(
         R = sum_over_mean * R
     *batch, m, r = fresh[0].shape
     n = fresh[-1].shape[-2] if isinstance(target, MofasgdState) else fresh[1].shape[-1]
+    if L.shape[-2] != m:  # the other side has the basis
+        L, R = R.mT, L.mT
     given = (*L.shape[:-1], R.shape[-1])
     if given != (*batch, m, n):
         raise ValueError(

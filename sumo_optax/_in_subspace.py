@@ -16,10 +16,9 @@ import optax
 from sumo_optax import _check, _subspace
 from sumo_optax._axes import WeightDimensionNumbers, path_names
 from sumo_optax._gradient import Update, left_product
-from sumo_optax._matrix import PyTree, Rule, lift, refreshed
+from sumo_optax._matrix import PyTree, Rule, Side, lift, refreshed
 
 SubspaceBasis = Literal["randomized_svd", "svd", "random", "online_pca"]
-Side = Literal["long", "short"]
 
 # Names that optax gives to running means of gradients, and of their squares.
 FIRST_MOMENTS = {"mu", "trace"}
@@ -158,11 +157,10 @@ def in_subspace(
     _check.number("scale", scale, above=0)
 
     def init(m, n, dtype, key):
-        r = min(rank, n)
-        p, q = (m, n) if side == "long" else (n, m)
-        P = jnp.zeros((p, r), dtype)
+        r = min(rank, m, n)
+        P = jnp.zeros((m, r), dtype)
         projector = () if online_pca is None else online_pca.optimizer.init(P)
-        return P, projector, inner.init(jnp.zeros((r, q), dtype))
+        return P, projector, inner.init(jnp.zeros((r, n), dtype))
 
     def due(t, state, place):
         P, _, _ = state
@@ -171,12 +169,6 @@ def in_subspace(
         return _subspace.is_due(t, P, refresh_every, place if stagger else 0)
 
     def step(G, state, t, due, key):
-        if side == "long" or G.shape[0] == G.shape[1]:
-            return projected_step(G, state, t, due, key)
-        D, state = projected_step(G.T, state, t, due, key)
-        return Update(D.right.T, D.left.T), state
-
-    def projected_step(G, state, t, due, key):
         P, projector, inner_state = state
         begins = _subspace.is_missing(P)
 
@@ -200,7 +192,7 @@ def in_subspace(
         return Update(P, scale * delta), (P_new, projector, inner_state)
 
     needs_whole = "online PCA" if online_pca else "refresh_every=1" if refresh_every == 1 else ""
-    return lift(Rule(init, due, step, needs_whole), SubspaceState, **lifted)
+    return lift(Rule(init, due, step, needs_whole, side), SubspaceState, **lifted)
 
 
 def _moved(pca: OnlinePCA, gradient, P, state, t) -> tuple[jax.Array, PyTree]:

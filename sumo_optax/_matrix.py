@@ -8,7 +8,7 @@ import functools
 import math
 import zlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +29,11 @@ from sumo_optax._gradient import ProjectedGradient, Update, WholeGradient
 MATRIX, FALLBACK = "matrix", "fallback"
 
 
+Side = Literal["long", "short"]
+
+
 class View(NamedTuple):
-    """A leaf seen as (*batch, m, n) with m >= n; `wide` where its own order is n before m."""
+    """A leaf seen as (*batch, m, n); `wide` where its own order is n before m."""
 
     leaf_shape: tuple[int, ...]
     batch_axes: tuple[int, ...]  # of the leaf
@@ -76,25 +79,28 @@ class View(NamedTuple):
         return permuted.transpose(sorted(range(len(axes)), key=lambda i: axes[i]))
 
 
-def matrix_view(shape: tuple[int, ...], axes: MatrixAxes) -> View:
+def matrix_view(shape: tuple[int, ...], axes: MatrixAxes, side: Side = "long") -> View:
+    """With m the long or the short side, the rows where both are as long."""
     rows, columns = axes
     size = lambda axes: math.prod(shape[a] for a in axes)
-    if size(rows) < size(columns):
+    if size(rows) != size(columns) and (size(rows) < size(columns)) == (side == "long"):
         rows, columns = columns, rows
     batch = tuple(a for a in range(len(shape)) if a not in (*rows, *columns))
     return View(shape, batch, rows, columns)
 
 
-def matrix_views(tree: PyTree, numbers: WeightDimensionNumbers | None) -> list[View | None]:
+def matrix_views(
+    tree: PyTree, numbers: WeightDimensionNumbers | None, side: Side = "long"
+) -> list[View | None]:
     """For each leaf how it is a matrix, or None."""
     return [
-        None if axes is None else matrix_view(jnp.shape(x), axes)
+        None if axes is None else matrix_view(jnp.shape(x), axes, side)
         for x, axes in zip(jax.tree.leaves(tree), resolve(numbers, tree), strict=True)
     ]
 
 
 class Rule(NamedTuple):
-    """An optimizer for one matrix m x n, m >= n. Its state is a tuple of arrays or trees of arrays.
+    """An optimizer for one matrix m x n. Its state is a tuple of arrays or trees of arrays.
 
     init(m, n, dtype, key) -> state, a tree of one structure for all matrices
     due(t, state, place) -> bool: whether `step` refreshes; any matrix of a batch makes all of them
@@ -103,12 +109,14 @@ class Rule(NamedTuple):
     step(G, state, t, due, key) -> Update, state; key() depends on the leaf and t alone
     needs_whole: what makes `step` read more of G than a `ProjectedGradient` has, "" if nothing
       does; with such a G, due is False, the Python constant
+    side: which side of the matrix is m
     """
 
     init: Callable[..., tuple[PyTree, ...]]
     due: Callable[..., jax.Array]
     step: Callable[..., tuple[Update, tuple[PyTree, ...]]]
     needs_whole: str = ""
+    side: Side = "long"
 
 
 def refreshed(due: jax.Array | bool, move: Callable[[], PyTree], stay: PyTree) -> PyTree:
@@ -141,7 +149,7 @@ def lift(
 
     def init(params):
         leaves, treedef = jax.tree.flatten(params)
-        views = matrix_views(params, weight_dimension_numbers)
+        views = matrix_views(params, weight_dimension_numbers, rule.side)
         structure, letters = _state_structure(rule)
         t = jnp.zeros([], jnp.int32)
         states = []
@@ -167,7 +175,7 @@ def lift(
         shapes = treedef.unflatten(
             [jax.ShapeDtypeStruct(x.shape, x.dtype) if _is_projected(x) else x for x in leaves]
         )
-        views = matrix_views(shapes, weight_dimension_numbers)
+        views = matrix_views(shapes, weight_dimension_numbers, rule.side)
         for path, G, view in zip(named_leaves(shapes), leaves, views, strict=True):
             _check_projected(path, G, view, rule, params)
         t = state.count
@@ -225,8 +233,10 @@ def _step_leaf(
     """A step of a leaf: the update, the arrays of its state, and how many matrices were skipped."""
     dtype = jnp.promote_types(G.dtype, jnp.float32)
     old = structure.unflatten(state)
-    if _is_projected(G):
-        matrices = dataclasses.replace(_cast(G, dtype), shape=(view.m, view.n))
+    if _is_projected(G):  # which is of a matrix with m >= n
+        shape = max(view.m, view.n), min(view.m, view.n)
+        matrices = dataclasses.replace(_cast(G, dtype), shape=shape)
+        matrices = matrices if view.m >= view.n else matrices.T
     else:
         matrices = WholeGradient(view.as_stored(G.astype(dtype)), view.wide)
     step = functools.partial(_step_batch, rule, view, skip_nonfinite, place)

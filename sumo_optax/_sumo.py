@@ -1,7 +1,8 @@
 """SUMO, subspace-aware moment orthogonalisation: arXiv 2505.24749, Algorithm 1.
 
 Where this differs from the paper, or fills in what it leaves open:
-1. The basis sits on the longer side, whichever that is; the algorithm assumes m >= n.
+1. The basis sits on the shorter side, or with side="long" on the longer one, as in the algorithm,
+   which assumes m >= n.
 2. Updates are scaled by `consistent_rms * sqrt(max(m, n))`, as the text says and the listing omits.
 3. Three residuals: the listing's raw one, none, and one scaled like the subspace's own step.
 4. The first limited norm, and one that follows a zero update, is not limited: there is nothing to
@@ -23,7 +24,7 @@ from sumo_optax import _check, _subspace
 from sumo_optax._axes import WeightDimensionNumbers
 from sumo_optax._gradient import Update, WholeGradient, left_product
 from sumo_optax._linalg import PolarMethod, check_polar_method, column_norms, polar_factor
-from sumo_optax._matrix import PyTree, Rule, descend, lift, refreshed
+from sumo_optax._matrix import PyTree, Rule, Side, descend, lift, refreshed
 
 Residual = Literal["gradient", "scaled"] | None
 
@@ -36,8 +37,8 @@ class SumoState(NamedTuple):
     """
 
     count: jax.Array  # shape (), int32
-    basis: PyTree  # Q, shape (*batch, m, r), m the longer side
-    moment: PyTree  # M, shape (*batch, r, n), n the shorter side
+    basis: PyTree  # Q, shape (*batch, m, r), m the side that is projected
+    moment: PyTree  # M, shape (*batch, r, n), n the other side
     update_norm: PyTree  # of what `norm_growth_limit` limits, shape (*batch,)
     captured: PyTree  # ||QᵀG||² / ||G||² of the last G; 1 without `refresh_below`; shape (*batch,)
     fallback: PyTree  # state of the fallback, which sees a `MaskedNode` for every matrix
@@ -57,6 +58,7 @@ def scale_by_sumo(
     consistent_rms: jax.typing.ArrayLike | None = 0.2,
     polar: PolarMethod = "auto",
     basis: _subspace.Basis = "tracking",
+    side: Side = "short",
     weight_dimension_numbers: WeightDimensionNumbers | None = None,
     fallback: optax.GradientTransformation | None = None,
     skip_nonfinite: bool = True,
@@ -65,15 +67,15 @@ def scale_by_sumo(
 ) -> optax.GradientTransformationExtraArgs:
     r"""SUMO: subspace-aware moment orthogonalisation, as a transformation of gradients.
 
-    For one matrix with gradient :math:`G` (m x n, m >= n, else its transpose), basis :math:`Q`
-    (m x r, orthonormal) and moment :math:`M` (r x n):
+    For one matrix with gradient :math:`G` (m x n, m the side that is projected, else its
+    transpose), basis :math:`Q` (m x r, orthonormal) and moment :math:`M` (r x n):
 
     .. math::
       \begin{aligned}
       \hat G &= Q^\top G \\
       M &\leftarrow \mu M + \hat G \\
       O &= \mathrm{polar}(M) \quad\text{or, with Nesterov, } \mathrm{polar}(\mu M + \hat G) \\
-      D &= s \, Q O + \text{residual}, \qquad s = \rho \sqrt{m}
+      D &= s \, Q O + \text{residual}, \qquad s = \rho \sqrt{\max(m, n)}
       \end{aligned}
 
     Now and then the basis moves, :math:`Q \leftarrow Q'`, and the moment is carried along,
@@ -101,6 +103,9 @@ def scale_by_sumo(
       basis: ``"tracking"``: after each step :math:`Q \leftarrow \mathrm{orth}(G O^\top)`, one
         product more and no refresh step at all. ``"randomized_svd"`` and ``"svd"``: the dominant
         left subspace of the gradient, every `refresh_every` steps. ``"random"``: a random one.
+      side: which side of the matrix is projected, its rows where both are as long. A basis of rank
+        r holds more of a ``"short"`` side, and so goes stale more slowly; ``"long"``, the
+        algorithm's, has the smaller moments and the cheaper polar factors.
       weight_dimension_numbers: which axes of which leaves make matrices: one
         ``optax.contrib.MuonDimensionNumbers``, a tree of them and None, or a function from
         parameters to such a tree. Axes that it does not name are batch axes. The default is
@@ -137,8 +142,8 @@ def scale_by_sumo(
 
     References:
       `arXiv 2505.24749 <https://arxiv.org/abs/2505.24749>`_, Algorithm 1, which is had exactly with
-      ``residual="gradient", basis="randomized_svd", consistent_rms=None, nesterov=False,
-      momentum=0.95``. The scaled residual is Fira's, `arXiv 2410.01623
+      ``residual="gradient", basis="randomized_svd", side="long", consistent_rms=None,
+      nesterov=False, momentum=0.95``. The scaled residual is Fira's, `arXiv 2410.01623
       <https://arxiv.org/abs/2410.01623>`_, section 4.
     """
     rank = _check.integer("rank", rank, least=1)
@@ -152,9 +157,10 @@ def scale_by_sumo(
     _check.choice("residual", residual, (*get_args(get_args(Residual)[0]), None))
     check_polar_method(polar)
     _subspace.check_basis(basis)
+    _check.choice("side", side, get_args(Side))
 
     def init(m, n, dtype, key):
-        r = min(rank, n)
+        r = min(rank, m, n)
         Q = _subspace.start(m, r, dtype, key, basis)
         return Q, jnp.zeros((r, n), dtype), jnp.zeros((), dtype), jnp.ones((), dtype)
 
@@ -213,7 +219,7 @@ def scale_by_sumo(
     }
     needs_whole = ", ".join(name for name, true in reads_more.items() if true)
     return lift(
-        Rule(init, due, step, needs_whole),
+        Rule(init, due, step, needs_whole, side),
         SumoState,
         fallback=fallback,
         weight_dimension_numbers=weight_dimension_numbers,
@@ -264,6 +270,7 @@ def sumo(
     consistent_rms: jax.typing.ArrayLike | None = 0.2,
     polar: PolarMethod = "auto",
     basis: _subspace.Basis = "tracking",
+    side: Side = "short",
     weight_decay: jax.typing.ArrayLike = 0.0,
     weight_decay_mask: Any = None,
     weight_dimension_numbers: WeightDimensionNumbers | None = None,
@@ -290,7 +297,7 @@ def sumo(
       learning_rate: a number or an optax schedule.
       rank, refresh_every, stagger, refresh_below, momentum, nesterov: those of
         :func:`scale_by_sumo`.
-      residual, norm_growth_limit, consistent_rms, polar, basis: likewise.
+      residual, norm_growth_limit, consistent_rms, polar, basis, side: likewise.
       weight_dimension_numbers, skip_nonfinite, state_dtype, seed: likewise.
       weight_decay: decoupled decay of matrices, times the learning rate.
       weight_decay_mask: tree of booleans like the parameters or a prefix of it, or a function from
@@ -333,6 +340,7 @@ def sumo(
             consistent_rms=consistent_rms,
             polar=polar,
             basis=basis,
+            side=side,
             weight_dimension_numbers=weight_dimension_numbers,
             fallback=optax.scale_by_adam(adam_b1, adam_b2, adam_eps),
             skip_nonfinite=skip_nonfinite,
