@@ -219,7 +219,8 @@ def _start(
     n = fresh[-1].shape[-2] if isinstance(target, MofasgdState) else fresh[1].shape[-1]
     if L.shape[-2] != m:  # the other side has the basis
         L, R = R.mT, L.mT
-    given = (*L.shape[:-1], R.shape[-1])
+    stack = jnp.broadcast_shapes(L.shape[:-2], R.shape[:-2])
+    given = (*stack, L.shape[-2], R.shape[-1])
     if given != (*batch, m, n):
         raise ValueError(
             f"at {path_string(path)} state has {_matrices(given)}, tx has"

@@ -1,6 +1,6 @@
 """The optimizers in NumPy float64, straight from the formulas of docs and papers. Slow and plain.
 
-Every function takes and gives one matrix m x n with m >= n; `oriented` makes it so.
+Every function takes and gives one matrix m x n, m the projected side; `oriented` makes it so.
 """
 
 import numpy as np
@@ -8,13 +8,14 @@ import numpy as np
 EPS32 = np.finfo(np.float32).eps
 
 
-def oriented(step):
-    """A rule for m >= n as one for any matrix."""
+def oriented(step, side="long"):
+    """A rule for matrices whose rows are that side as one for any matrix."""
 
     def on_any(G, *args):
-        wide = G.shape[0] < G.shape[1]
-        D, state = step(G.T if wide else G, *args)
-        return (D.T if wide else D), state
+        rows, columns = G.shape
+        turn = rows < columns if side == "long" else rows > columns
+        D, state = step(G.T if turn else G, *args)
+        return (D.T if turn else D), state
 
     return on_any
 
@@ -61,14 +62,14 @@ def sumo_step(
     consistent_rms,
     tracking=False,
 ):
-    """Algorithm 1 at step t for m >= n. The state is (Q, M, norm of what is limited).
+    """Algorithm 1 at step t. The state is (Q, M, norm of what is limited).
 
     Tracking moves the basis after the step, to the columns that G has on the rows of the moment.
     """
     m, n = G.shape
     Q, M, last = state
     if not tracking and t % refresh_every == 0:
-        Q_new = top_left_subspace(G, min(rank, n))
+        Q_new = top_left_subspace(G, min(rank, m, n))
         M = (Q_new.T @ Q) @ M
         Q = Q_new
     G_hat = Q.T @ G

@@ -44,14 +44,17 @@ def leaf(tree, name):
 
 def as_matrix(tree, name):
     """The leaf as (*batch, m, n), m >= n."""
-    x = leaf(tree, name).reshape(FLAT[name])
+    return tall(leaf(tree, name).reshape(FLAT[name]))
+
+
+def tall(x):
     return x if x.shape[-2] >= x.shape[-1] else np.swapaxes(x, -1, -2)
 
 
 def moment(state, name):
     """The whole first moment of a SUMO or MoFaSGD state."""
     if isinstance(state, sumo_optax.SumoState):
-        return leaf(state.basis, name) @ leaf(state.moment, name)
+        return tall(leaf(state.basis, name) @ leaf(state.moment, name))
     U, s, V = (leaf(field, name) for field in state[1:4])
     return (U * s[..., None, :]) @ np.swapaxes(V, -1, -2)
 
@@ -214,8 +217,9 @@ def test_adamw_gives_its_moment_as_a_sum():
         for name in FLAT:
             M = as_matrix(adam.mu, name) / (1 - B1)
             assert_near(moment(ours, name), best(M, 3))
-            U = np.linalg.svd(M, full_matrices=False)[0][..., :3]
             Q = leaf(ours.basis, name)  # the dominant subspace, whatever its basis
+            M = M if Q.shape[-2] == M.shape[-2] else np.swapaxes(M, -1, -2)
+            U = np.linalg.svd(M, full_matrices=False)[0][..., :3]
             assert_near(Q @ np.swapaxes(Q, -1, -2), U @ np.swapaxes(U, -1, -2))
         for field in ("mu", "nu"):
             theirs, kept = getattr(adam, field), getattr(ours.fallback, field)
@@ -269,8 +273,8 @@ def test_state_dtype_and_the_batch_axes_of_a_spec():
     )
     state = sumo_optax.convert_state(adam, tx, params, weight_dimension_numbers=spec)
     Q, M = state.basis["experts"], state.moment["experts"]
-    assert Q.shape == (2, 6, 2) and M.shape == (2, 2, 4) and Q.dtype == M.dtype == jnp.bfloat16
-    expected = np.moveaxis(np.float64(adam.mu["experts"]), 1, 0) * 10
+    assert Q.shape == (2, 4, 2) and M.shape == (2, 2, 6) and Q.dtype == M.dtype == jnp.bfloat16
+    expected = np.moveaxis(np.float64(adam.mu["experts"]), (1, 2), (0, 1)) * 10
     M = np.float64(Q) @ np.float64(M)
     assert np.linalg.norm(M - best(expected, 2)) < 0.02 * np.linalg.norm(M)  # eight bits
 
@@ -331,7 +335,7 @@ REFUSED = {
             sumo(2),
             PARAMS | {"tall": {"kernel": jnp.zeros((8, 6)), "bias": jnp.zeros(6)}},
         ),
-        "at tall/kernel state has a matrix 12 x 6, tx has a matrix 8 x 6",
+        "at tall/kernel state has a matrix 6 x 12, tx has a matrix 6 x 8",
     ),
     "batch": (
         lambda s: (
@@ -340,7 +344,7 @@ REFUSED = {
             PARAMS
             | {"layers": {"up": {"kernel": jnp.zeros((2, 6, 12)), "bias": jnp.zeros((2, 12))}}},
         ),
-        "at layers/up/kernel state has .3. matrices 12 x 6, tx has .2. matrices 12 x 6",
+        "at layers/up/kernel state has .3. matrices 6 x 12, tx has .2. matrices 6 x 12",
     ),
     "new leaf": (
         lambda s: (s, sumo(2), PARAMS | {"new": {"kernel": jnp.zeros((8, 6))}}),
@@ -382,7 +386,7 @@ def test_differences_are_named_and_counted():
     with pytest.raises(ValueError) as error:
         sumo_optax.check_state(state, jax.eval_shape(sumo_optax.scale_by_sumo(3).init, PARAMS))
     message = str(error.value)
-    assert message.startswith("basis/layers/up/kernel was float32[3, 12, 2], now float32[3, 12, 3]")
+    assert message.startswith("basis/layers/up/kernel was float32[3, 6, 2], now float32[3, 6, 3]")
     assert message.endswith("; and 7 more")
     half = sumo_optax.scale_by_sumo(2, state_dtype=jnp.bfloat16)
     with pytest.raises(ValueError, match="was float32.*, now bfloat16"):

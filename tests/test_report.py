@@ -51,20 +51,20 @@ def test_report_as_data():
     leaves = {leaf.path: leaf for leaf in report.leaves}
     kernel = leaves["layers/0/up/kernel"]
     assert (kernel.role, kernel.m, kernel.n, kernel.side, kernel.rank) == (
-        "matrix", 40, 16, "out", 4,
+        "matrix", 40, 16, "in", 4,
     )  # fmt: skip
     assert kernel.state_bytes == 4 * ((40 + 16) * 4 + 2)
     assert leaves["experts/kernel"].batch == (3,)
-    assert leaves["experts/kernel"].side == "in"
+    assert leaves["experts/kernel"].side == "out"
     assert leaves["embed_tokens/embedding"].role == "fallback"
     assert report.adamw_bytes == 2 * bytes_of(PARAMS)
 
 
-def test_report_of_a_basis_on_the_short_side():
-    report = sumo_optax.describe(sumo_optax.online_subspace_descent(1e-3, 4), PARAMS)
+def test_report_of_a_basis_on_the_long_side():
+    report = sumo_optax.describe(sumo_optax.online_subspace_descent(1e-3, 4, side="long"), PARAMS)
     kernel = {leaf.path: leaf for leaf in report.leaves}["layers/0/up/kernel"]
-    assert (kernel.role, kernel.m, kernel.n, kernel.side) == ("matrix", 40, 16, "in")
-    assert kernel.state_bytes == 4 * (3 * 16 * 4 + 2 * 40 * 4 + 2)  # and Adam's two counters
+    assert (kernel.role, kernel.m, kernel.n, kernel.side) == ("matrix", 40, 16, "out")
+    assert kernel.state_bytes == 4 * (3 * 40 * 4 + 2 * 16 * 4 + 2)  # and Adam's two counters
 
 
 def test_report_as_a_table():
@@ -91,7 +91,7 @@ def test_report_as_a_table():
         "40",
         "x",
         "16",
-        "out",
+        "in",
         "4",
         "1.8",
         "KiB",

@@ -64,8 +64,9 @@ def starting_state(states, name):
 CASES = list(itertools.product([None, "gradient", "scaled"], [None, 0.97, 1.1], [False, True]))
 
 
+@pytest.mark.parametrize("side", ["long", "short"])
 @pytest.mark.parametrize("residual, limit, nesterov", CASES)
-def test_trajectories_agree_with_algorithm_1(residual, limit, nesterov):
+def test_trajectories_agree_with_algorithm_1(residual, limit, nesterov, side):
     """50 steps through three refreshes. The limit 0.97 acts at every step, 1.1 at some or none."""
     rule = dict(
         refresh_every=15,
@@ -76,20 +77,20 @@ def test_trajectories_agree_with_algorithm_1(residual, limit, nesterov):
         consistent_rms=0.2,
     )
     sequences = {name: gradients(shape, 50) for name, shape in SHAPES.items()}
-    tx = sumo_optax.scale_by_sumo(RANK, basis="svd", polar="svd", **rule)
+    tx = sumo_optax.scale_by_sumo(RANK, basis="svd", polar="svd", side=side, **rule)
     updates, states = run(tx, sequences, 50)
     for name, sequence in sequences.items():
         state = starting_state(states, name)
         for t, G in enumerate(sequence):
-            long_first = np.float64(G)
             D, state = oracles.oriented(
-                lambda G, s, t=t: oracles.sumo_step(G, s, t, rank=RANK, **rule)
-            )(long_first, state)
+                lambda G, s, t=t: oracles.sumo_step(G, s, t, rank=RANK, **rule), side
+            )(np.float64(G), state)
             assert relative(updates[t][name], D) < TRAJECTORY, (name, t)
 
 
+@pytest.mark.parametrize("side", ["long", "short"])
 @pytest.mark.parametrize("refresh_every", [1, 10])
-def test_tracking_agrees_with_float64(refresh_every):
+def test_tracking_agrees_with_float64(refresh_every, side):
     rule = dict(
         refresh_every=refresh_every,
         momentum=0.9,
@@ -99,13 +100,13 @@ def test_tracking_agrees_with_float64(refresh_every):
         consistent_rms=None,
     )
     sequences = {name: gradients(shape, 30) for name, shape in SHAPES.items()}
-    tx = sumo_optax.scale_by_sumo(RANK, basis="tracking", **rule)
+    tx = sumo_optax.scale_by_sumo(RANK, basis="tracking", side=side, **rule)
     updates, states = run(tx, sequences, 30)
     for name, sequence in sequences.items():
         state = starting_state(states, name)
         for t, G in enumerate(sequence):
             D, state = oracles.oriented(
-                lambda G, s, t=t: oracles.sumo_step(G, s, t, rank=RANK, tracking=True, **rule)
+                lambda G, s, t=t: oracles.sumo_step(G, s, t, rank=RANK, tracking=True, **rule), side
             )(np.float64(G), state)
             assert relative(updates[t][name], D) < TRAJECTORY, (name, t)
 
@@ -113,7 +114,13 @@ def test_tracking_agrees_with_float64(refresh_every):
 def test_paper_is_reachable_by_name():
     """Algorithm 1 as printed: raw residual, limiter, no scaling, heavy ball, periodic refresh."""
     tx = sumo_optax.scale_by_sumo(
-        RANK, refresh_every=7, basis="svd", residual="gradient", consistent_rms=None, nesterov=False
+        RANK,
+        refresh_every=7,
+        basis="svd",
+        side="long",
+        residual="gradient",
+        consistent_rms=None,
+        nesterov=False,
     )
     sequence = gradients((40, 16), 3)
     updates, _ = run(tx, {"tall": sequence}, 3)
@@ -127,7 +134,7 @@ def test_paper_is_reachable_by_name():
 
 def test_moment_is_carried_into_the_new_basis():
     sequence = gradients((40, 16), 2)
-    tx = sumo_optax.scale_by_sumo(RANK, refresh_every=1, basis="svd", momentum=0.9)
+    tx = sumo_optax.scale_by_sumo(RANK, refresh_every=1, basis="svd", side="long", momentum=0.9)
     _, states = run(tx, {"w": sequence}, 2)
     Q0, M0, _ = starting_state(states[1:], "w")
     Q1, M1, _ = starting_state(states[2:], "w")
@@ -172,7 +179,7 @@ def test_stagger_gives_each_leaf_a_step_of_its_own():
 
 def test_a_stale_subspace_is_left_at_the_next_step():
     """Two of three sequences turn to other directions at step 5: they alone move, once, at 6."""
-    turn = gradients((40, 16), 5, seed=1), gradients((40, 16), 5, seed=2)
+    turn = gradients((16, 40), 5, seed=1), gradients((16, 40), 5, seed=2)
     sequences = {"turns": turn[0] + turn[1], "stays": turn[0] + turn[0]}
     tx = sumo_optax.scale_by_sumo(RANK, basis="svd", refresh_every=100, refresh_below=0.7)
     assert moved_at(tx, sequences, 10) == {"turns": [0, 6], "stays": [0]}
@@ -204,13 +211,13 @@ def test_bases_capture_the_gradient(basis, least, shape):
     _, states = run(tx, {"w": sequence}, 8)
     Q, _, _ = starting_state(states[8:], "w")
     G = np.float64(sequence[-1])
-    G = G if G.shape[0] >= G.shape[1] else G.T
+    G = G if G.shape[0] <= G.shape[1] else G.T
     best = oracles.captured_energy(oracles.top_left_subspace(G, RANK), G)
     assert least * best < oracles.captured_energy(Q, G) <= best + 1e-6
 
 
 def test_a_leaf_without_a_basis_takes_the_next_good_gradient():
-    sequence = gradients((40, 16), 4)
+    sequence = gradients((16, 40), 4)
     sequence[0] = np.zeros_like(sequence[0])
     tx = sumo_optax.scale_by_sumo(RANK, refresh_every=100, basis="svd")
     updates, states = run(tx, {"w": sequence}, 4)
@@ -244,9 +251,10 @@ def test_newton_schulz_trains_on_another_direction():
 
 def test_rank_above_the_short_side_is_the_short_side():
     sequence = gradients((16, 40), 1)
-    _, states = run(sumo_optax.scale_by_sumo(100), {"w": sequence}, 1)
-    Q, M, _ = starting_state(states, "w")
-    assert Q.shape == (40, 16) and M.shape == (16, 16)
+    for side, shapes in {"short": ((16, 16), (16, 40)), "long": ((40, 16), (16, 16))}.items():
+        _, states = run(sumo_optax.scale_by_sumo(100, side=side), {"w": sequence}, 1)
+        Q, M, _ = starting_state(states, "w")
+        assert (Q.shape, M.shape) == shapes
 
 
 # The alias.
@@ -344,6 +352,7 @@ def test_state_dtype_is_what_is_kept():
         ({"consistent_rms": -1}, "consistent_rms must be a number > 0, or None, got -1"),
         ({"residual": "raw"}, "residual must be one of .*'gradient'.*None.*got 'raw'"),
         ({"basis": "qr"}, "basis must be one of .*'tracking'.* got 'qr'"),
+        ({"side": "left"}, "side must be one of .*'short'.* got 'left'"),
         ({"polar": "qr"}, "polar method must be one of .* got 'qr'"),
     ],
 )
