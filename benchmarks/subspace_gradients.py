@@ -99,7 +99,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     projected = sumo_optax.subspace_value_and_grad(loss)
     optimizers = {
         "of SUMO": sumo_optax.sumo(
-            1e-3, config.rank, basis="randomized_svd", refresh_every=200, residual=None
+            1e-3,
+            config.rank,
+            basis="randomized_svd",
+            side="long",
+            refresh_every=200,
+            residual=None,
         ),
         "of MoFaSGD": sumo_optax.mofasgd(1e-3, config.rank),
     }

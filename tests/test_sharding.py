@@ -125,12 +125,12 @@ def test_state_lies_as_promised():
     shardings = shardings_of(params, mesh)
     spec = lambda field, name: field[name]["kernel"].spec
     sumo = sumo_optax.state_shardings(sumo_optax.scale_by_sumo(R), params, shardings)
-    assert spec(sumo.basis, "tall both") == P("x", None)
-    assert spec(sumo.moment, "tall both") == P(None, "y")
-    assert spec(sumo.basis, "wide both") == P("y", None)
-    assert spec(sumo.moment, "wide both") == P(None, "x")
-    assert spec(sumo.basis, "layers") == P("y", "x", None)
-    assert spec(sumo.moment, "layers") == P("y", None, None)
+    assert spec(sumo.basis, "tall both") == P("y", None)
+    assert spec(sumo.moment, "tall both") == P(None, "x")
+    assert spec(sumo.basis, "wide both") == P("x", None)
+    assert spec(sumo.moment, "wide both") == P(None, "y")
+    assert spec(sumo.basis, "layers") == P("y", None, None)
+    assert spec(sumo.moment, "layers") == P("y", None, "x")
     assert spec(sumo.update_norm, "layers") == P("y")
     assert sumo.count.spec == P()
     mofasgd = sumo_optax.state_shardings(sumo_optax.scale_by_mofasgd(R), params, shardings)
@@ -143,8 +143,8 @@ def test_state_lies_as_promised():
     assert spec(osd.projector.nu, "tall both") == P("y", None)
     # What a device holds falls with the devices along the sharded axis.
     state = jax.jit(sumo_optax.scale_by_sumo(R).init, out_shardings=sumo)(params)
-    held = state.basis["tall rows"]["kernel"].addressable_shards[0].data
-    assert held.shape == (32 // 4, R)
+    held = state.moment["tall rows"]["kernel"].addressable_shards[0].data
+    assert held.shape == (R, 32 // 4)
 
 
 def test_state_shardings_through_combinators():
@@ -164,7 +164,7 @@ def test_state_shardings_through_combinators():
     state = jax.jit(tx.init, out_shardings=promised)(params)
     found = {jax.tree_util.keystr(p): x.sharding.spec for p, x in jax.tree.leaves_with_path(state)}
     ends = lambda *words: [s for k, s in found.items() if all(w in k for w in words)]
-    assert ends(".basis", "['a']") == [P("x", None)] and ends(".moment", "['a']") == [P(None, None)]
+    assert ends(".basis", "['a']") == [P(None, None)] and ends(".moment", "['a']") == [P(None, "x")]
     assert ends(".mu", "['b']") == [P("x")] or ends(".mu", "['b']") == [P("x", None)]
     assert set(ends(".acc_grads", "kernel")) <= {P("x"), P("x", None)}
     updates, _ = jax.jit(tx.update, out_shardings=(shardings, promised))(params, state, params)
@@ -175,8 +175,8 @@ def test_state_of_sharded_arrays_is_sharded_without_being_asked():
     mesh = mesh_of(AxisType.Auto)
     params = {"kernel": jax.device_put(jnp.zeros((32, 16)), NamedSharding(mesh, P("x", "y")))}
     state = sumo_optax.scale_by_sumo(R).init(params)
-    assert state.basis["kernel"].sharding == NamedSharding(mesh, P("x", None))
-    assert state.moment["kernel"].sharding == NamedSharding(mesh, P(None, "y"))
+    assert state.basis["kernel"].sharding == NamedSharding(mesh, P("y", None))
+    assert state.moment["kernel"].sharding == NamedSharding(mesh, P(None, "x"))
 
 
 def test_wrong_shardings():
@@ -222,9 +222,11 @@ SCALARS = 16  # norms and looks for numbers that are not finite
     [
         # Ĝ; three Gram matrices and a core of the polar factor.
         (lambda rank: sumo_optax.scale_by_sumo(
-            rank, basis="randomized_svd", residual=None), lambda m, n, r: r * n + 4 * r**2),
-        # The same and norms of columns; then G Oᵀ, three Gram matrices and the transport.
-        (sumo_optax.scale_by_sumo, lambda m, n, r: r * n + 2 * n + 4 * r**2 + m * r + 4 * r**2),
+            rank, basis="randomized_svd", side="long", residual=None),
+            lambda m, n, r: r * n + 4 * r**2),
+        # The same on the other side, and norms of columns; then G Oᵀ, three Gram matrices and the
+        # transport.
+        (sumo_optax.scale_by_sumo, lambda m, n, r: r * m + 2 * m + 4 * r**2 + n * r + 4 * r**2),
         # GV and GᵀU, what is beyond them (three Gram matrices and one coefficient a side), and the
         # three Gram matrices of each new factor.
         (sumo_optax.scale_by_mofasgd, lambda m, n, r: m * r + n * r + 15 * r**2),
@@ -371,7 +373,7 @@ def test_a_checkpoint_of_another_mesh_gives_the_same_next_step(devices, tmp_path
             target = sumo_optax.abstract_state(tx, grads, restored)
             back = checkpointer.restore(path, target)
         jax.tree.map(np.testing.assert_array_equal, back, state)
-        assert back.basis["kernel"].sharding == NamedSharding(here, P("x", None))
+        assert back.moment["kernel"].sharding == NamedSharding(here, P(None, "x"))
         expected, _ = update(put, state)
         updates, _ = update(jax.device_put(grads, restored), back)
         # Sums over another number of devices: float32 rounding.

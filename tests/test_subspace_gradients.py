@@ -260,7 +260,7 @@ def test_whole_gradients_are_not_formed():
     m, n, t, r = 256, 192, 512, 8
     params = {"in": jnp.ones((m, n)), "out": jnp.ones((n, m))}
     loss = lambda params, x: jnp.sum(jnp.sin(x @ params["in"]) @ params["out"])
-    tx = sumo_optax.scale_by_sumo(r, basis="svd", residual=None)
+    tx = sumo_optax.scale_by_sumo(r, basis="svd", side="long", residual=None)
     x = jax.ShapeDtypeStruct((t, m), jnp.float32)
     find = jax.jit(sumo_optax.subspace_value_and_grad(loss), static_argnames="full")
     compiled = find.lower(params, jax.eval_shape(tx.init, params), x).compile()
@@ -317,7 +317,7 @@ def test_data_parallel_steps_reduce_projected_gradients_alone():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     params = {"w": {"kernel": jnp.ones((m, n))}}
     loss = lambda params, x: jnp.mean(jnp.sin(x @ params["w"]["kernel"]))
-    tx = sumo_optax.scale_by_sumo(r, basis="svd", residual=None)
+    tx = sumo_optax.scale_by_sumo(r, basis="svd", side="long", residual=None)
     x = jax.ShapeDtypeStruct((64, m), jnp.float32, sharding=NamedSharding(mesh, P("data")))
     one = lambda tree: jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, P())), tree
