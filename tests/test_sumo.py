@@ -118,6 +118,7 @@ def test_paper_is_reachable_by_name():
         refresh_every=7,
         basis="svd",
         side="long",
+        momentum=0.9,
         residual="gradient",
         consistent_rms=None,
         nesterov=False,
