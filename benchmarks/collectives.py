@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
         "optimizer": "{optimizer}",
         "sharded": "{sharded}",
         "bytes of a step": "{step_bytes:,}",
-        "of a refresh besides": "{refresh_bytes:,}",
+        "in branches besides": "{refresh_bytes:,}",
         "largest array": "{largest_bytes:,}",
         "collectives in the program": "{kinds}",
     }

@@ -23,7 +23,7 @@ COLUMNS = {
     "compile_s": ("compilation, s", "{:.0f}"),
     "state_bytes": ("state, MiB", "{:.1f}"),
     "step_bytes": ("sent in a step, MiB", "{:.2f}"),
-    "refresh_bytes": ("sent in a refresh, MiB", "{:.2f}"),
+    "refresh_bytes": ("besides in branches, MiB", "{:.2f}"),
     "largest_bytes": ("largest, MiB", "{:.2f}"),
     "temporary_over_gradient_bytes": ("temporaries / gradients", "{:.2f}"),
     "ms_at_1e+01": ("ms at 10", "{:.2f}"),
