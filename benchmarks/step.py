@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import record
 from llama import PRESETS
 
-PERIODIC = "refreshed every 200, residual=None"
+PERIODIC = "side=long, refreshed every 200, residual=None"
 STAGGERED = "staggered"
 
 
@@ -87,7 +87,13 @@ def optimizers(ranks: tuple[int, ...]) -> dict[str, optax.GradientTransformation
     }
     for r in ranks:
         periodic = functools.partial(
-            sumo_optax.sumo, 1e-3, r, basis="randomized_svd", refresh_every=200, residual=None
+            sumo_optax.sumo,
+            1e-3,
+            r,
+            basis="randomized_svd",
+            side="long",
+            refresh_every=200,
+            residual=None,
         )
         table |= {
             f"two products alone, rank {r}": products_alone(r, both_sides=False),
