@@ -4,8 +4,8 @@ python benchmarks/tuning.py                        # two seeds each: an hour and
 python benchmarks/tuning.py --only "momentum 0.95"
 python benchmarks/tuning.py --draw                 # the table of the record
 
-All at the learning rate that the convergence study found best for the default: what is changed here
-leaves the size of an update as it is, or nearly. A run that is in the record is not made again.
+All at one learning rate, next to the default's best: what is changed here leaves the size of an
+update as it is, or nearly. A run that is in the record is not made again.
 """
 
 import dataclasses

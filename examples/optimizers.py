@@ -17,7 +17,7 @@ MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "dow
 # name: learning rate, and that of the Adam for leaves that are no matrices; the first was swept for
 # `tiny` by benchmarks/convergence.py.
 LEARNING_RATES = {
-    "sumo": (1.5e-2, 5e-3),
+    "sumo": (2e-2, 5e-3),
     "online_subspace_descent": (5e-3, 5e-3),
     "mofasgd": (7e-3, 5e-3),
     "galore": (5e-3, 5e-3),

@@ -121,7 +121,7 @@ def convert_state(
       >>> _, state = adamw.update(params, adamw.init(params), params)
       >>> state = sumo_optax.convert_state(state, tx, params)
       >>> state[0].moment["dense"]["kernel"].shape
-      (4, 8)
+      (4, 16)
     """
     _check.number("adam_b1", adam_b1, least=0, below=1)
     fresh, sources = tx.init(params), list(_sources(state))

@@ -89,7 +89,7 @@ def describe(tx_or_rank: optax.GradientTransformation | int, params: PyTree) -> 
       >>> params = {"dense": {"kernel": jax.ShapeDtypeStruct((512, 128), jnp.float32)}}
       >>> print(sumo_optax.describe(16, params))
       parameter     shape      role    m x n      side  rank  state     AdamW's
-      dense/kernel  (512,128)  matrix  512 x 128  in    16    40.0 KiB  512.0 KiB
+      dense/kernel  (512,128)  matrix  512 x 128  out   16    40.0 KiB  512.0 KiB
       65,536 parameters, 1 matrices; optimizer state 40.0 KiB, 8% of AdamW's 512.0 KiB
     """
     tx = sumo(1.0, tx_or_rank) if isinstance(tx_or_rank, int) else tx_or_rank

@@ -289,7 +289,7 @@ def sumo(
 
     with D of :func:`scale_by_sumo`, learning rate :math:`\eta` and weight decay :math:`\lambda`.
 
-    A recipe, measured on a byte-level LLaMA of 0.86M parameters: learning rate 1.5e-2, five times
+    A recipe, measured on a byte-level LLaMA of 0.86M parameters: learning rate 2e-2, seven times
     AdamW's best there, and 5e-3 for `adam_learning_rate`; rank a quarter of the width; warm-up and
     cosine decay; clipping by the global norm before it.
 

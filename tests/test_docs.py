@@ -4,16 +4,15 @@ import json
 from pathlib import Path
 
 import convergence
-import pytest
 
 ROOT = Path(__file__).parents[1]
 
 
-def test_best_rate_of_sumo_is_five_times_that_of_adamw():
+def test_best_rate_of_sumo_over_that_of_adamw():
     best = {row["entry"]: row["learning_rate"] for row in convergence.summarize()}
-    assert best["sumo"] == pytest.approx(5 * best["adamw"])
     words = " ".join((ROOT / "docs/coming_from.md").read_text().split())
-    assert "the best rate for SUMO is five times AdamW's best" in words
+    ratio = best["sumo"] / best["adamw"]
+    assert f"the best rate for SUMO is {ratio:.1f} times AdamW's best" in words
 
 
 def test_subspaces_are_as_good_as_recorded():
