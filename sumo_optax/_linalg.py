@@ -126,13 +126,14 @@ def check_polar_method(method: str) -> None:
 def _polar_auto(x: jax.Array) -> jax.Array:
     """By eigenvectors of xxᵀ; robustly where x, or any matrix of a batch, is ill conditioned."""
     eigenvectors, eigenvalues = jax.lax.linalg.eigh(x @ x.mT, symmetrize_input=False)
-    well = eigenvalues[..., 0] * _WELL_CONDITIONED**2 > eigenvalues[..., -1]
+    # False for a NaN, which is one either way, and no matter of the rest of a batch.
+    ill = eigenvalues[..., 0] * _WELL_CONDITIONED**2 <= eigenvalues[..., -1]
     short, long = x.shape[-2:]
     robust = jnp.vectorize(
         _polar_reduced if long >= 2 * short else _polar_by_svd, signature="(r,n)->(r,n)"
     )
     return jax.lax.cond(
-        jnp.all(well), _polar_by_eigenvectors, lambda x, _: robust(x), x, eigenvectors
+        jnp.any(ill), lambda x, _: robust(x), _polar_by_eigenvectors, x, eigenvectors
     )
 
 

@@ -150,7 +150,7 @@ def check_moments(state, tx, old_rank, rank):
 @pytest.mark.slow
 def test_training_goes_on_from_the_moment(states):
     """What the next step makes of a state of a larger rank, by the formulas."""
-    tx = sumo(5, residual=None, nesterov=False, norm_growth_limit=None)
+    tx = sumo(5, residual=None, momentum=0.9, nesterov=False, norm_growth_limit=None)
     state = sumo_optax.convert_state(states["sumo"], tx, PARAMS)
     zero = jax.tree.map(jnp.zeros_like, PARAMS)
     updates, after = jax.jit(tx.update)(zero, state, PARAMS)

@@ -244,11 +244,9 @@ def test_linen_layers_need_not_know():
     grads = jax.grad(loss)(params, x)
     _, state = tx.update(grads, tx.init(params), params)
     _, projected = jax.jit(sumo_optax.subspace_value_and_grad(loss))(params, state, x)
-    kernel = lambda tree: tree["CheckpointDense_0"][
-        "kernel"
-    ]  # 16 x 24: the basis is on its columns
+    kernel = lambda tree: tree["CheckpointDense_0"]["kernel"]  # 16 x 24: the basis is of its rows
     np.testing.assert_allclose(
-        kernel(projected).left, kernel(state.basis).T @ kernel(grads).T, atol=1e-6
+        kernel(projected).right, kernel(grads).T @ kernel(state.basis), atol=1e-6
     )
     # Biases have whole gradients.
     bias = lambda tree: tree["CheckpointDense_0"]["bias"]
@@ -293,7 +291,7 @@ def test_micro_batches_add_up_in_the_subspace():
 
     total = accumulated(params, state, tokens)
     gate = total["layers"][0]["mlp"]["gate_proj"]["kernel"]
-    assert gate.left.shape == (8, 32) and gate.right is None
+    assert gate.left is None and gate.right.shape == (48, 8)
     for a, b in zip(*map(jax.tree.leaves, (total, find(params, state, tokens)[1])), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
 
