@@ -38,6 +38,19 @@ def test_claims_are_the_recorded_ones():
         assert abs(rows[exact]["mean_loss"] - approximate["mean_loss"]) < spread / 3
 
 
+def test_aims_are_told_as_recorded():
+    rows = {row["entry"]: row for row in convergence.summarize()}
+    loss = {name: row["mean_loss"] for name, row in rows.items()}
+    words = " ".join((ROOT / "docs/benchmarks.md").read_text().split())
+    assert f"yes, by {loss['adamw'] - loss['sumo']:.3f} nats" in words
+    behind = loss["sumo, rank 64"] - loss["optax muon"]
+    assert f"{'yes' if behind <= 0.02 else 'no'}, it is {behind:.3f} behind" in words
+    steps = convergence.steps_to(
+        loss["optax galore"], rows["sumo"]["steps"], rows["sumo"]["losses"]
+    )
+    assert f"GaLore's end at step {steps:.0f} of 500" in words
+
+
 def test_every_page_is_in_the_contents():
     pages = {path.stem for path in (ROOT / "docs").glob("*.md")} - {"index"}
     contents = set((ROOT / "docs/index.md").read_text().split())
