@@ -41,7 +41,7 @@ def state_shardings(
       >>> shardings = {"dense": {"kernel": NamedSharding(mesh, P("x", None))}}
       >>> tx = sumo_optax.scale_by_sumo(4)
       >>> state_sharding = sumo_optax.state_shardings(tx, params, shardings)
-      >>> state_sharding.basis["dense"]["kernel"].spec == P("x", None)
+      >>> state_sharding.moment["dense"]["kernel"].spec == P(None, "x")
       True
       >>> state = jax.jit(tx.init, out_shardings=state_sharding)(params)
     """
@@ -65,9 +65,9 @@ def abstract_state(
       >>> params = {"dense": {"kernel": jax.ShapeDtypeStruct((16, 8), jnp.float32)}}
       >>> shardings = {"dense": {"kernel": NamedSharding(mesh, P(None, "x"))}}
       >>> state = sumo_optax.abstract_state(sumo_optax.scale_by_sumo(4), params, shardings)
-      >>> moment = state.moment["dense"]["kernel"]
-      >>> moment.shape, moment.sharding.spec == P(None, "x")
-      ((4, 8), True)
+      >>> basis = state.basis["dense"]["kernel"]
+      >>> basis.shape, basis.sharding.spec == P("x", None)
+      ((8, 4), True)
     """
     mesh = _mesh_of(param_shardings)
     if mesh is None:

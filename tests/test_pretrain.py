@@ -607,7 +607,7 @@ def test_another_rank_is_refused(run, capsys):
 @pytest.mark.parametrize(
     "tx, words",
     [
-        (sumo_optax.scale_by_sumo(3), r"basis/kernel was float32\[8, 2\], now float32\[8, 3\]; mo"),
+        (sumo_optax.scale_by_sumo(3), r"basis/kernel was float32\[6, 2\], now float32\[6, 3\]; mo"),
         (sumo_optax.scale_by_mofasgd(2), "captured/kernel was float32.*, now absent"),
     ],
 )
