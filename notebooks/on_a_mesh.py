@@ -64,7 +64,7 @@ jax.debug.visualize_array_sharding(params["dense"]["kernel"])
 # %% [markdown]
 # ## The optimizer's state
 #
-# The basis (1024 x 64) lies along the rows, the moment (64 x 512) along the columns.
+# The basis (512 x 64) lies along the columns, the moment (64 x 1024) along the rows.
 
 # %%
 tx = sumo_optax.sumo(1e-2, rank=64)
@@ -76,7 +76,7 @@ print("basis", basis.shape, basis.sharding.spec)
 jax.debug.visualize_array_sharding(basis)
 print("moment", moment.shape, moment.sharding.spec)
 print("on each device", moment.addressable_shards[0].data.shape)
-assert basis.sharding.spec == P("fsdp", None) and moment.sharding.spec == P(None, "tensor")
+assert basis.sharding.spec == P("tensor", None) and moment.sharding.spec == P(None, "fsdp")
 
 # %% [markdown]
 # ## A step gives the numbers of one device
