@@ -32,10 +32,6 @@ class WholeGradient:
     def dtype(self) -> jnp.dtype:
         return self.stored.dtype
 
-    @property
-    def T(self) -> "WholeGradient":
-        return WholeGradient(self.stored, not self.transposed)
-
     def norm(self, *, scale: jax.Array) -> jax.Array:
         """||G||, safe against overflow where `scale` has entries of its size."""
         return frobenius_norm(self.stored, scale=scale)
