@@ -33,7 +33,7 @@ import sweep
 
 RATES = [digit * 10.0**power for power in range(-4, 0) for digit in (1, 1.5, 2, 3, 5, 7)]
 SEEDS = (0, 1, 2)
-LONG = "side=long momentum=0.9"
+LONG = "side=long momentum=0.9 refresh_every=1"
 PUBLISHED = "basis=randomized_svd side=long refresh_every=200 momentum=0.95 nesterov=False"
 
 
@@ -50,9 +50,13 @@ class Entry:
 STUDY = {
     "adamw": Entry("adamw", 3e-3),
     "optax muon": Entry("muon", 1e-2),
+    "optax muon, momentum 0.8": Entry("muon", 2e-2, "beta=0.8"),
     "optax galore": Entry("galore", 1e-2),
-    "sumo": Entry("sumo", 2e-2),
-    "sumo, Newton-Schulz": Entry("sumo", 2e-2, "polar=newton_schulz"),
+    "sumo": Entry("sumo", 1.5e-2),
+    "sumo, Newton-Schulz": Entry("sumo", 1.5e-2, "polar=newton_schulz"),
+    "sumo, refresh_every=1": Entry("sumo", 2e-2, "refresh_every=1"),
+    "sumo, residual=None": Entry("sumo", 2e-2, "residual=None"),
+    "sumo, residual=gradient": Entry("sumo", 2e-2, "residual=gradient"),
     "sumo, longer side": Entry("sumo", 1.5e-2, LONG),
     "sumo, longer side, Newton-Schulz": Entry("sumo", 1.5e-2, f"{LONG} polar=newton_schulz"),
     "sumo, longer side, residual=None": Entry("sumo", 1.5e-2, f"{LONG} residual=None"),

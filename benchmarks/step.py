@@ -100,7 +100,7 @@ def optimizers(ranks: tuple[int, ...]) -> dict[str, optax.GradientTransformation
             f"optax galore, rank {r}": optax.contrib.galore(1e-3, rank=r),
             f"sumo, rank {r}": sumo_optax.sumo(1e-3, r),
             f"sumo, rank {r}, residual=None": sumo_optax.sumo(1e-3, r, residual=None),
-            f"sumo, rank {r}, refresh_every=10": sumo_optax.sumo(1e-3, r, refresh_every=10),
+            f"sumo, rank {r}, refresh_every=1": sumo_optax.sumo(1e-3, r, refresh_every=1),
             f"sumo, rank {r}, {PERIODIC}": periodic(),
             f"the same, Newton-Schulz, rank {r}": periodic(polar="newton_schulz"),
             f"the same, {STAGGERED}, rank {r}": periodic(stagger=True),

@@ -42,7 +42,7 @@ import sumo_optax
 # name: learning rate, and that of the Adam for leaves that are no matrices. First guesses for
 # all-MiniLM-L6-v2: benchmarks/finetuning.py sweeps them.
 LEARNING_RATES = {
-    "sumo": (1e-3, 1e-4),
+    "sumo": (2e-3, 1e-4),
     "online_subspace_descent": (1e-3, 1e-4),
     "mofasgd": (1e-3, 1e-4),
     "galore": (1e-3, 1e-4),

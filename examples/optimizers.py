@@ -17,7 +17,7 @@ MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "dow
 # name: learning rate, and that of the Adam for leaves that are no matrices; the first was swept for
 # `tiny` by benchmarks/convergence.py.
 LEARNING_RATES = {
-    "sumo": (2e-2, 5e-3),
+    "sumo": (1.5e-2, 5e-3),
     "online_subspace_descent": (5e-3, 5e-3),
     "mofasgd": (7e-3, 5e-3),
     "galore": (5e-3, 5e-3),
@@ -71,7 +71,7 @@ def adamw(learning_rate, *, weight_decay):
     return optax.adamw(learning_rate, weight_decay=weight_decay)
 
 
-def muon(learning_rate, *, adam_learning_rate, weight_decay):
+def muon(learning_rate, *, beta=0.95, adam_learning_rate, weight_decay):
     """Muon for the projections, AdamW for the rest."""
 
     def dimension_numbers(params):
@@ -80,6 +80,7 @@ def muon(learning_rate, *, adam_learning_rate, weight_decay):
 
     return optax.contrib.muon(
         learning_rate,
+        beta=beta,
         weight_decay=weight_decay,
         adam_learning_rate=adam_learning_rate,
         adam_weight_decay=weight_decay,

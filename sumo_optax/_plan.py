@@ -95,7 +95,7 @@ class Plan(NamedTuple):
             f"{self.model}: {self.parameters:,} parameters in {self.dtype}, rank {self.rank};"
             f" {where}:\n\n{table([header, *rows])}\n\n"
             "Activations and what a step needs for a moment are not in it. Projected gradients,\n"
-            "between refreshes, are not in the total; SUMO takes them with no residual or tracking."
+            "between refreshes, are not in the total; SUMO takes them with residual=None."
         )
 
     def as_json(self) -> str:

@@ -7,8 +7,8 @@ Where this differs from the paper, or fills in what it leaves open:
 3. Three residuals: the listing's raw one, none, and one scaled like the subspace's own step.
 4. The first limited norm, and one that follows a zero update, is not limited: there is nothing to
    compare it with.
-5. The basis may also follow the gradient step by step ("tracking"), without refresh steps: the next
-   one is that of G Oᵀ, subspace iteration from the rows of the moment, whose basis is O.
+5. The basis may also follow the gradient a little at a time ("tracking"), without refreshes: the
+   next one is that of G Oᵀ, subspace iteration from the rows of the moment, whose basis is O.
 6. The subspace is stale where ||QᵀG||² <= ς ||G||², which does not depend on the gradient's scale;
    the paper compares ||QᵀG|| with a number. It is seen one step late: QᵀG is not had twice.
 7. Where no gradient has given a basis yet, the next one does, whatever the interval.
@@ -83,7 +83,7 @@ def scale_by_sumo(
 
     Args:
       rank: r, at least 1; a matrix whose short side is smaller has that side as its rank.
-      refresh_every: steps between two moves of the basis, at least 1. By default 1 with
+      refresh_every: steps from one move of the basis to the next, at least 1. By default 10 with
         ``basis="tracking"``, else 200.
       stagger: whether each leaf moves its basis at a step of its own, evenly over the interval, so
         that after the first step no step carries them all.
@@ -100,9 +100,9 @@ def scale_by_sumo(
       consistent_rms: :math:`\rho` > 0 above, so that an update's root mean square depends on the
         rank, not on the shape. None for s = 1.
       polar: how the polar factor is taken; see :func:`polar_factor`.
-      basis: ``"tracking"``: after each step :math:`Q \leftarrow \mathrm{orth}(G O^\top)`, one
-        product more and no refresh step at all. ``"randomized_svd"`` and ``"svd"``: the dominant
-        left subspace of the gradient, every `refresh_every` steps. ``"random"``: a random one.
+      basis: what it moves to. ``"tracking"``: :math:`\mathrm{orth}(G O^\top)`, after the step and
+        for one product. ``"randomized_svd"`` and ``"svd"``: the dominant left subspace of the
+        gradient, before the step. ``"random"``: a random one.
       side: which side of the matrix is projected, its rows where both are as long. A basis of rank
         r holds more of a ``"short"`` side, and so goes stale more slowly; ``"long"``, the
         algorithm's, has the smaller moments and the cheaper polar factors.
@@ -148,7 +148,7 @@ def scale_by_sumo(
     """
     rank = _check.integer("rank", rank, least=1)
     if refresh_every is None:
-        refresh_every = 1 if basis == "tracking" else 200
+        refresh_every = 10 if basis == "tracking" else 200
     refresh_every = _check.integer("refresh_every", refresh_every, least=1)
     _check.number("refresh_below", refresh_below, least=0, most=1, optional=True)
     _check.number("momentum", momentum, least=0, below=1)
@@ -289,7 +289,7 @@ def sumo(
 
     with D of :func:`scale_by_sumo`, learning rate :math:`\eta` and weight decay :math:`\lambda`.
 
-    A recipe, measured on a byte-level LLaMA of 0.86M parameters: learning rate 2e-2, seven times
+    A recipe, measured on a byte-level LLaMA of 0.86M parameters: learning rate 1.5e-2, five times
     AdamW's best there, and 5e-3 for `adam_learning_rate`; rank a quarter of the width; warm-up and
     cosine decay; clipping by the global norm before it.
 

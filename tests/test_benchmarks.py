@@ -85,10 +85,11 @@ def test_tuning_compares_seed_by_seed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(convergence, "trained", trained)
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        tuning.main(["--only", "the default", "no Nesterov"])
+        tuning.main(["--only", tuning.BASE, "no Nesterov"])
         tuning.main(["--draw"])
     assert len(made) == 4, "drawing trains nothing"
-    assert made[-1] == ["--learning-rate", "0.015", "--seed", "1", "--set", "nesterov=False"]
+    changed = ["--refresh-every", "1", "--set", "nesterov=False"]
+    assert made[-1] == ["--learning-rate", "0.015", "--seed", "1", *changed]
     assert out.getvalue().count("| no Nesterov | 1.5650 | +0.0150 | +0.0100, +0.0200 |") == 2
     with pytest.raises(SystemExit, match="no variant 'sgd'"):
         tuning.main(["--only", "sgd"])
