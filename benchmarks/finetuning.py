@@ -30,7 +30,7 @@ import record
 import sweep
 
 PROGRAM = Path(__file__).parents[1] / "examples/finetune.py"
-RATES = [digit * 10.0**power for power in range(-5, 0) for digit in (1, 2, 5)]
+RATES = [float(f"{digit}e{power}") for power in range(-5, 0) for digit in (1, 2, 5)]
 SEEDS = range(5)
 TASKS = {"mrpc": ("--epochs", "1"), "rte": ("--epochs", "3")}
 SWEPT_TASK, SWEPT_RANK = "mrpc", 8

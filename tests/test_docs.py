@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import convergence
+import finetuning
 
 ROOT = Path(__file__).parents[1]
 
@@ -49,6 +50,16 @@ def test_aims_are_told_as_recorded():
         loss["optax galore"], rows["sumo"]["steps"], rows["sumo"]["losses"]
     )
     assert f"GaLore's end at step {steps:.0f} of 500" in words
+
+
+def test_fine_tuning_is_told_as_recorded():
+    rows = {row["entry"]: row for row in finetuning.summarize() if row["task"] == "mrpc"}
+    sumo, adamw = rows["sumo, rank 8"], rows["adamw"]
+    words = " ".join((ROOT / "docs/finetuning.md").read_text().split())
+    assert f"within the spread, {sumo['mean_score']:.3f} and {adamw['mean_score']:.3f}" in words
+    assert abs(sumo["mean_score"] - adamw["mean_score"]) < max(sumo["spread"], adamw["spread"])
+    assert f"is lower, {sumo['mean_loss']:.3f} and {adamw['mean_loss']:.3f}" in words
+    assert f"{100 * sumo['state_mib'] / adamw['state_mib']:.0f} % of AdamW's state" in words
 
 
 def test_every_page_is_in_the_contents():
