@@ -336,7 +336,11 @@ def test_data_parallel_steps_reduce_projected_gradients_alone():
 @pytest.mark.parametrize(
     ("make", "error"),
     [
-        (lambda: sumo_optax.scale_by_sumo(2), "residual='scaled', refresh_every=1 needs whole"),
+        (lambda: sumo_optax.scale_by_sumo(2), "residual='scaled' needs whole"),
+        (
+            lambda: sumo_optax.scale_by_sumo(2, refresh_every=1),
+            "residual='scaled', refresh_every=1 needs whole",
+        ),
         (
             lambda: sumo_optax.scale_by_sumo(2, basis="svd", residual="gradient"),
             "the gradient of w/kernel is projected, but residual='gradient' needs whole gradients",
