@@ -283,18 +283,21 @@ def train(finetuning: Finetuning) -> None:
     config, options, _, _, run = finetuning
     trained = training.train(run)
     rank = f", rank {options['rank']}" if "rank" in options else ""
-    plot_losses(trained.rows, f"{config.task}, {config.optimizer}{rank}", run.out / "loss.png")
+    title = f"{config.task}, {config.optimizer}{rank}"
+    task = glue.find(config.task)
+    unit = "nats" if task.labels else "squared error"
+    plot_losses(trained.rows, title, unit, run.out / "loss.png")
     epochs = [row for row in trained.rows if "validation_loss" in row]
-    metrics = glue.find(config.task).metrics
+    figures = ("validation_loss", *task.metrics)
     summary = {
-        "epochs": [{name: row[name] for name in ("validation_loss", *metrics)} for row in epochs],
+        "epochs": [{name: row[name] for name in figures} for row in epochs],
         "seconds": trained.seconds,
         "state_bytes": sum(x.nbytes for x in jax.tree.leaves(trained.state.optimizer)),
     }
     (run.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     lines = {
         "trained": f"{run.steps:,} steps, {trained.seconds:,.0f} s",
-        **{name: last_and_best([row[name] for row in epochs]) for name in metrics},
+        **{name: last_and_best([row[name] for row in epochs]) for name in task.metrics},
         "optimizer state": f"{summary['state_bytes'] / 2**20:,.1f} MiB",
         "written": f"{run.out}/: metrics.jsonl, summary.json, loss.png, checkpoints/{run.steps}",
     }

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 
-def plot_losses(rows: Sequence[Mapping[str, float]], title: str, path: Path) -> None:
+def plot_losses(rows: Sequence[Mapping[str, float]], title: str, unit: str, path: Path) -> None:
     """Draws training and validation loss over steps."""
     steps = np.array([row["step"] for row in rows])
     losses = np.array([row["loss"] for row in rows])
@@ -24,7 +24,7 @@ def plot_losses(rows: Sequence[Mapping[str, float]], title: str, path: Path) -> 
         color="tab:orange",
         label="validation",
     )
-    axes.set(title=title, xlabel="step", ylabel="loss (nats per token)")
+    axes.set(title=title, xlabel="step", ylabel=f"loss ({unit})")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

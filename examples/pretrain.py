@@ -341,7 +341,7 @@ def train(pretraining: Pretraining) -> None:
         return
     rank = f", rank {options['rank']}" if "rank" in options else ""
     title = f"{config.preset}, {config.optimizer}{rank}"
-    plot_losses(trained.rows, title, run.out / "loss.png")
+    plot_losses(trained.rows, title, "nats per token", run.out / "loss.png")
     if config.log_subspace:
         plot_subspace(trained.rows, title, run.out / "subspace.png")
     summary = {
