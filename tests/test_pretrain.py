@@ -242,7 +242,10 @@ def test_logs_and_draws_subspaces(run, optimizer, tmp_path):
     rows = [json.loads(line) for line in lines]
     assert all(0 <= row["captured"] <= 1 and 1 <= row["effective_rank"] <= 4.001 for row in rows)
     assert rows[-1]["captured"] > 0.1 and rows[-1]["rotation"] > 0
-    assert all(row["steps_since_refresh"] == 0 == row["skipped"] for row in rows)
+    # SUMO moves its bases at the first of these steps, the others at each.
+    since = [0, 1, 2, 3] if optimizer == "sumo" else [0, 0, 0, 0]
+    assert [row["steps_since_refresh"] for row in rows] == since
+    assert all(row["skipped"] == 0 for row in rows)
 
 
 @pytest.mark.slow
