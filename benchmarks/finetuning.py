@@ -6,9 +6,9 @@ python benchmarks/finetuning.py --draw                                  # the ta
 
 Made small, for two cores: rows cut to 64 tokens, one epoch of MRPC, three of RTE, which has fewer
 rows and is harder. Each one's learning rate walks along 1, 2, 5, 10 ... from where it is guessed to
-be best, at rank 8 on MRPC, until the validation loss below and above it was worse; so many seeds at
-that rate on either task and at either rank. A run that is in the record is not run again: stop and
-start as you like.
+be best, at rank 8 on MRPC, until the validation loss below and above it was worse; then come five
+seeds at that rate, on both tasks and at both ranks. A run that is in the record is not run again:
+stop and start as you like.
 """
 
 import dataclasses
