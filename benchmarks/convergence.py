@@ -69,6 +69,7 @@ STUDY = {
     "mofasgd": Entry("mofasgd", 1e-2),
     "mofasgd, momentum 0.9": Entry("mofasgd", 1e-2, "momentum=0.9"),
     "sumo, rank 64": Entry("sumo", 1.5e-2, rank=64),
+    "sumo, rank 64, refresh_every=1": Entry("sumo", 1.5e-2, "refresh_every=1", rank=64),
     "sumo, rank 16": Entry("sumo", 2e-2, rank=16),
     "sumo, longer side, rank 64": Entry("sumo", 1.5e-2, LONG, rank=64),
     "sumo, longer side, rank 16": Entry("sumo", 1.5e-2, LONG, rank=16),

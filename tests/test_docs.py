@@ -59,6 +59,10 @@ def test_fine_tuning_is_told_as_recorded():
     assert f"within the spread, {sumo['mean_score']:.3f} and {adamw['mean_score']:.3f}" in words
     assert abs(sumo["mean_score"] - adamw["mean_score"]) < max(sumo["spread"], adamw["spread"])
     assert f"is lower, {sumo['mean_loss']:.3f} and {adamw['mean_loss']:.3f}" in words
+    swept = {key[1:]: row["validation_loss"] for key, row in finetuning.RUNS.rows().items()}
+    for name, *rates in (("sumo, rank 8", 1e-3, 2e-3, 5e-3), ("adamw", 5e-5, 1e-4, 2e-4)):
+        below, best, above = (swept[name, rate, 0] for rate in rates)
+        assert min(below, above) > best + 0.04, name
     assert f"{100 * sumo['state_mib'] / adamw['state_mib']:.0f} % of AdamW's state" in words
 
 

@@ -45,6 +45,9 @@ def test_table_of_the_study_is_the_recorded_one():
     assert f"{better:.2f} nats better than as published" in words
     behind = by_name["sumo, rank 64"]["mean_loss"] - by_name["optax muon"]["mean_loss"]
     assert f"it is {behind:.3f} nats behind Muon" in words
+    small, adamw = by_name["sumo, rank 16"], by_name["adamw"]
+    assert small["mean_loss"] < adamw["mean_loss"]
+    assert round(adamw["state_mib"] / small["state_mib"]) == 6, "a sixth"
     others = [row["mean_loss"] for name, row in by_name.items() if "sumo" not in name]
     assert sorted(others)[:2] == [by_name[name]["mean_loss"] for name in ("optax muon", "adamw")]
 
@@ -61,6 +64,8 @@ def test_step_table_is_the_recorded_one():
     for name, row in by_name.items():
         if "alone" in name:
             assert f"| *{name}* | {row['over_adamw']:.2f} | |" in lines
+    dearest = by_name["sumo, rank 128"]["worst_over_median"]
+    assert f"takes {dearest:.1f} times the median" in " ".join(README.split())
     ours = by_name["sumo, rank 128, side=long, refreshed every 200, residual=None"]["refresh_ms"]
     ratio = ours / by_name["optax galore, rank 128"]["refresh_ms"]
     assert f"A refresh at rank 128 takes {ratio:.2f} of GaLore's" in README
