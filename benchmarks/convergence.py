@@ -11,18 +11,15 @@ until the one below it and the two above it were worse; then two more seeds at t
 is in the record is not run again: stop and start as you like, several at a time.
 """
 
-import contextlib
 import dataclasses
 import functools
 import json
 import math
 import sys
-import time
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 from typing import Any
 
-import jax
 import tyro
 from matplotlib.figure import Figure
 
@@ -115,13 +112,7 @@ def run(config: Config, name: str, rate: float, seed: int) -> dict[str, Any]:
 
 def trained(out: Path, argv: list[str]) -> dict[str, Any]:
     """What `examples/pretrain.py` comes to with these arguments."""
-    argv = ["--out", str(out), "--overwrite", *argv]
-    print("pretrain", *argv, flush=True)
-    with contextlib.redirect_stdout(None):
-        code = pretrain.main(argv)
-    if code:
-        raise SystemExit(code)
-    summary = json.loads((out / "summary.json").read_text())
+    summary = sweep.train(pretrain, out, argv)
     lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
     return {
         "validation_loss": summary["validation_loss"],
@@ -158,17 +149,11 @@ def study(config: Config) -> None:
 
 
 def step_ms(config: Config, name: str) -> float:
-    """The median of 50 training steps, with forward and backward pass."""
+    """Of a training step."""
     argv = ["--out", str(config.runs / "timed"), "--overwrite"]
     argv += arguments(config, name, STUDY[name].rate, seed=0)
     run = pretrain.prepare(pretrain.parse(argv)).run
-    step, state, times = run.compile(), run.init(), []
-    for t in range(1, 54):
-        batch = next(run.batches)
-        begun = time.perf_counter()
-        state, _ = jax.block_until_ready(step(t, state, batch))
-        times.append(1e3 * (time.perf_counter() - begun))
-    return median(times[3:])
+    return sweep.step_ms(run, run.compile(), steps=50)
 
 
 def measure(config: Config) -> None:

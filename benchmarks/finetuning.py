@@ -1,8 +1,9 @@
 """Which optimizer fine-tunes a BERT best on GLUE: accuracy, memory, time.
 
-python benchmarks/finetuning.py --model all-MiniLM-L6-v2 --data glue    # MRPC and RTE: many hours
+python benchmarks/finetuning.py --model all-MiniLM-L6-v2 --data glue            # all: many hours
 python benchmarks/finetuning.py --model all-MiniLM-L6-v2 --data glue --tasks rte --only adamw
-python benchmarks/finetuning.py --draw                                  # the table of the record
+python benchmarks/finetuning.py --model all-MiniLM-L6-v2 --data glue --time     # a quiet machine
+python benchmarks/finetuning.py --draw                                          # the record's table
 
 Made small, for two cores: rows cut to 64 tokens, one epoch of MRPC, three of RTE, which has fewer
 rows and is harder. Each one's learning rate walks along 1, 2, 5, 10 ... from where it is guessed to
@@ -14,10 +15,7 @@ stop and start as you like.
 import dataclasses
 import functools
 import itertools
-import json
-import os
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,11 +23,11 @@ from typing import Any
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import finetune
 import glue
 import record
 import sweep
 
-PROGRAM = Path(__file__).parents[1] / "examples/finetune.py"
 RATES = [float(f"{digit}e{power}") for power in range(-5, 0) for digit in (1, 2, 5)]
 SEEDS = range(5)
 TASKS = {"mrpc": ("--epochs", "1"), "rte": ("--epochs", "3")}
@@ -73,37 +71,36 @@ class Config:
     """More arguments of examples/finetune.py, as in --arguments="--batch 8"."""
     draw: bool = False
     """Train nothing: the table of what is recorded."""
+    time: bool = False
+    """Train nothing: time a training step of each, on a machine that does nothing else."""
     runs: Path = Path("runs/finetune")
     """Where the runs are kept."""
 
 
-def run(config: Config, task: str, name: str, rate: float, seed: int) -> dict[str, Any]:
-    """One run, in a process of its own, whose peak of memory is its own."""
+def arguments(config: Config, task: str, name: str, rate: float, seed: int) -> list[str]:
+    """Those of `examples/finetune.py` for a run."""
     entry = STUDY[name]
-    out = config.runs / task / f"{name.replace(', ', '-').replace(' ', '-')}-{rate:g}-{seed}"
-    command = ["--model", config.model, "--task", task, "--optimizer", entry.optimizer]
-    command += ["--learning-rate", f"{rate:g}", "--seed", str(seed), "--length", "64", *TASKS[task]]
-    command += ["--out", str(out), "--overwrite", *config.arguments.split()]
+    argv = ["--model", config.model, "--task", task, "--optimizer", entry.optimizer]
+    argv += ["--learning-rate", f"{rate:g}", "--seed", str(seed), "--length", "64", *TASKS[task]]
+    argv += config.arguments.split()
     if config.data:
-        command += ["--data", str(config.data / task.upper())]
+        argv += ["--data", str(config.data / task.upper())]
     if entry.rank:
-        command += ["--rank", str(entry.rank)]
+        argv += ["--rank", str(entry.rank)]
     if entry.settings:
-        command += ["--set", *entry.settings.split()]
-    print("finetune", *command, flush=True)
-    process = subprocess.Popen([sys.executable, str(PROGRAM), *command], stdout=subprocess.DEVNULL)
-    _, status, used = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit("error: that run failed")
-    summary = json.loads((out / "summary.json").read_text())
+        argv += ["--set", *entry.settings.split()]
+    return argv
+
+
+def run(config: Config, task: str, name: str, rate: float, seed: int) -> dict[str, Any]:
+    """One training run."""
+    out = config.runs / task / f"{name.replace(', ', '-').replace(' ', '-')}-{rate:g}-{seed}"
+    summary = sweep.train(finetune, out, arguments(config, task, name, rate, seed))
     last = summary["epochs"][-1]
     return {
         "score": last[glue.find(task).metrics[0]],
         "validation_loss": last["validation_loss"],
-        "seconds_an_epoch": round(summary["seconds"] / len(summary["epochs"]), 1),
         "state_bytes": summary["state_bytes"],
-        "peak_bytes": used.ru_maxrss * 1024,
     }
 
 
@@ -129,6 +126,28 @@ def study(config: Config) -> None:
         loss(config, task, name, rate, seed)
 
 
+def measure(config: Config) -> None:
+    """A row for each entry: a step's time, also over AdamW's, and all memory that it takes."""
+    rows: list[dict[str, Any]] = []
+    for name in ("adamw", *(x for x in config.only if x != "adamw")):
+        argv = arguments(config, SWEPT_TASK, name, STUDY[name].rate, seed=0)
+        argv += ["--out", str(config.runs / "timed"), "--overwrite"]
+        run = finetune.prepare(tyro.cli(finetune.Config, args=argv)).run
+        lazy: Any = run.compile()
+        step = lazy.lower(1, run.state, next(run.batches)).compile()
+        memory = step.memory_analysis()
+        rows.append(
+            {
+                "entry": name,
+                "train_step_ms": round(sweep.step_ms(run, step, steps=20)),
+                "peak_bytes": memory.argument_size_in_bytes + memory.temp_size_in_bytes,
+            }
+        )
+        rows[-1]["over_adamw"] = round(rows[-1]["train_step_ms"] / rows[0]["train_step_ms"], 3)
+        print(rows[-1], flush=True)
+    record.write("finetuning_step", rows)
+
+
 def summarize() -> list[dict[str, Any]]:
     """A row for each task and entry with three seeds or all of them, at its best rate."""
     rows = []
@@ -148,8 +167,6 @@ def summarize() -> list[dict[str, Any]]:
                 "mean_loss": statistics.mean(x["validation_loss"] for x in best),
                 "seeds": len(best),
                 "state_mib": best[0]["state_bytes"] / 2**20,
-                "peak_mib": statistics.median(x["peak_bytes"] for x in best) / 2**20,
-                "seconds_an_epoch": statistics.median(x["seconds_an_epoch"] for x in best),
             }
         )
     return sorted(rows, key=lambda row: (row["task"], -row["mean_score"]))
@@ -166,15 +183,15 @@ def table(rows: list[dict[str, Any]]) -> str:
         "seeds": "{seeds}",
         "validation loss": "{mean_loss:.3f}",
         "state, MiB": "{state_mib:.1f}",
-        "peak memory, MiB": "{peak_mib:,.0f}",
-        "seconds an epoch": "{seconds_an_epoch:.0f}",
     }
     return record.table(rows, columns)
 
 
 def main(argv: list[str] | None = None) -> None:
     config = tyro.cli(Config, args=argv, config=(tyro.conf.FlagCreatePairsOff,))
-    if not config.draw:
+    if config.time:
+        measure(config)
+    elif not config.draw:
         study(config)
     print(table(summarize()))
 

@@ -1,10 +1,17 @@
-"""Training runs that are made once, and the walk to the best learning rate."""
+"""Training runs that are made once, the walk to the best learning rate, and the time of a step."""
 
+import contextlib
 import json
+import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from types import ModuleType
 from typing import Any
 
+import jax
 import record
+import training
 
 Key = tuple[Any, ...]
 
@@ -52,3 +59,25 @@ def best_rate(
         last, best = best, min(losses, key=losses.__getitem__)
         if last == best:
             return rates[best]
+
+
+def train(program: ModuleType, out: Path, argv: Sequence[str]) -> dict[str, Any]:
+    """The summary of a run of an example with these arguments."""
+    argv = ["--out", str(out), "--overwrite", *argv]
+    print(program.__name__, *argv, flush=True)
+    with contextlib.redirect_stdout(None):
+        code = program.main(argv)
+    if code:
+        raise SystemExit(code)
+    return json.loads((out / "summary.json").read_text())
+
+
+def step_ms(run: training.Run, step: training.Step, steps: int) -> float:
+    """The median of so many training steps of an example, with forward and backward pass."""
+    state, times = run.init(), []
+    for t in range(1, steps + 4):
+        batch = next(run.batches)
+        begun = time.perf_counter()
+        state, _ = jax.block_until_ready(step(t, state, batch))
+        times.append(1e3 * (time.perf_counter() - begun))
+    return median(times[3:])
