@@ -550,11 +550,6 @@ def test_wrong_arguments_are_one_clear_line(run, capsys, tmp_path, arguments, wo
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_not_built_is_refused(run, capsys, monkeypatch):
-    monkeypatch.delattr(optimizers.sumo_optax, "mofasgd", raising=False)
-    refused(capsys, run("--optimizer mofasgd"), "mofasgd is not built yet", "adamw")
-
-
 def test_out_must_be_a_folder(run, capsys, tmp_path):
     (tmp_path / "file").touch()
     refused(capsys, run("--optimizer adamw --out file"), "file", "folder")
