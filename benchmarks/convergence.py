@@ -56,8 +56,6 @@ STUDY = {
     "sumo, residual=gradient": Entry("sumo", 2e-2, "residual=gradient"),
     "sumo, longer side": Entry("sumo", 1.5e-2, LONG),
     "sumo, longer side, Newton-Schulz": Entry("sumo", 1.5e-2, f"{LONG} polar=newton_schulz"),
-    "sumo, longer side, residual=None": Entry("sumo", 1.5e-2, f"{LONG} residual=None"),
-    "sumo, longer side, residual=gradient": Entry("sumo", 1.5e-2, f"{LONG} residual=gradient"),
     "sumo as published": Entry("sumo", 1e-2, f"{PUBLISHED} residual=gradient"),
     "sumo as published, Newton-Schulz": Entry(
         "sumo", 1e-2, f"{PUBLISHED} residual=gradient polar=newton_schulz"

@@ -47,8 +47,8 @@ class Entry:
 STUDY = {"adamw": Entry("adamw", 1e-4)}
 for rank in (8, 4):
     STUDY |= {
-        f"lora, rank {rank}": Entry("lora", 1e-3, rank),
-        f"optax galore, rank {rank}": Entry("galore", 1e-3, rank),
+        f"lora, rank {rank}": Entry("lora", 2e-3, rank),
+        f"optax galore, rank {rank}": Entry("galore", 2e-3, rank),
         f"sumo, rank {rank}": Entry("sumo", 2e-3, rank),
         f"sumo, rank {rank}, Newton-Schulz": Entry("sumo", 2e-3, rank, "polar=newton_schulz"),
         f"mofasgd, rank {rank}": Entry("mofasgd", 1e-3, rank),

@@ -39,16 +39,16 @@ from training import State
 
 import sumo_optax
 
-# name: learning rate, and that of the Adam for leaves that are no matrices. For all-MiniLM-L6-v2,
-# sumo and adamw as swept by benchmarks/finetuning.py, the others guessed.
+# name: learning rate, and that of the Adam for leaves that are no matrices. As swept
+# for all-MiniLM-L6-v2 by benchmarks/finetuning.py; online_subspace_descent and muon guessed.
 LEARNING_RATES = {
     "sumo": (2e-3, 1e-4),
     "online_subspace_descent": (1e-3, 1e-4),
     "mofasgd": (1e-3, 1e-4),
-    "galore": (1e-3, 1e-4),
+    "galore": (2e-3, 1e-4),
     "muon": (1e-3, 1e-4),
     "adamw": (1e-4, 1e-4),
-    "lora": (1e-3, 1e-3),
+    "lora": (2e-3, 2e-3),
 }
 RANK = 8
 
