@@ -34,6 +34,7 @@ COLUMNS = {
     "error_at_1e+03": ("at 1e3", "{:.1e}"),
     "error_at_1e+05": ("at 1e5", "{:.1e}"),
     "train_step_ms": ("training step, ms", "{:.0f}"),
+    "peak_bytes": ("peak memory, MiB", "{:,.0f}"),
     "from": ("from step", "{}"),
     "to": ("to step", "{}"),
     "old": ("energy of the old one", "{:.3f}"),

@@ -78,6 +78,9 @@ def test_fine_tuning_is_told_as_recorded():
     for name, *rates in (("sumo, rank 8", 1e-3, 2e-3, 5e-3), ("adamw", 5e-5, 1e-4, 2e-4)):
         below, best, above = (runs[name, rate, 0] for rate in rates)
         assert min(below, above) > best + 0.04, name
+    steps = json.loads((ROOT / "benchmarks/results/finetuning_step.json").read_text())["rows"]
+    epoch = {row["entry"]: 114 * row["train_step_ms"] / 1000 for row in steps}
+    assert f"(AdamW {epoch['adamw']:.0f} s, SUMO {epoch['sumo, rank 8']:.0f} s)" in words
     assert f"{100 * sumo['state_mib'] / adamw['state_mib']:.0f} % of AdamW's state" in words
 
 
