@@ -221,11 +221,11 @@ def steps_to(target: float, steps: list[int], losses: list[float]) -> float:
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """The curves of all entries, in the order of their ends."""
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(9, 1 + 0.25 * len(rows)), layout="constrained")
     axes = figure.subplots()
     in_order = sorted(rows, key=lambda row: row["mean_loss"], reverse=True)
     for i, row in enumerate(in_order):  # there are ten colours
-        style = "o-" if i < 10 else "s--"
+        style = ("o-", "s--", "^:")[i // 10]
         axes.plot(row["steps"], row["losses"], style, markersize=3, label=row["entry"])
     axes.set(xlabel="step", ylabel="validation loss, nats per byte", yscale="log")
     for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
