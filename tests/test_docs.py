@@ -5,6 +5,7 @@ from pathlib import Path
 
 import convergence
 import finetuning
+import tuning
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,6 +53,19 @@ def test_aims_are_told_as_recorded():
         loss["optax galore"], rows["sumo"]["steps"], rows["sumo"]["losses"]
     )
     assert f"GaLore's end at step {steps:.0f} of 500" in words
+
+
+def test_tuning_is_told_as_recorded():
+    over = {row["variant"]: row["each"] for row in tuning.summarize()}
+    words = " ".join((ROOT / "docs/benchmarks.md").read_text().split())
+    assert "Two seeds each." in words and all(len(over[name]) == 2 for name in tuning.VARIANTS)
+    for name in ("the longer side", "momentum 0.95", "no Nesterov"):
+        assert min(over[name]) > 0.01, "what tells"
+    hardly = [
+        x for x in over if x.startswith(("tracking at", "refreshed")) or x == "no limit on growth"
+    ]
+    assert all(abs(x) < 0.011 for name in hardly for x in over[name])
+    assert max(over["Adam for the other leaves at 1e-2"]) < 0
 
 
 def test_fine_tuning_is_told_as_recorded():
