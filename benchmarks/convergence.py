@@ -146,31 +146,17 @@ def study(config: Config) -> None:
             loss(config, name, rate, seed)
 
 
-def step_ms(config: Config, name: str) -> float:
-    """Of a training step."""
+def timed(config: Config, name: str) -> dict[str, Any]:
+    """A training step of an entry."""
     argv = ["--out", str(config.runs / "timed"), "--overwrite"]
     argv += arguments(config, name, STUDY[name].rate, seed=0)
     run = pretrain.prepare(pretrain.parse(argv)).run
-    return sweep.step_ms(run, run.compile(), steps=50)
+    return {"entry": name, "train_step_ms": round(sweep.step_ms(run, run.compile(), steps=50), 1)}
 
 
 def measure(config: Config) -> None:
-    """A row for each entry: its step, also over AdamW's.
-
-    The faster of two rounds: a shared machine has slow spells.
-    """
-    names = ["adamw", *(x for x in config.only if x != "adamw")]
-    rounds = [{name: step_ms(config, name) for name in names} for _ in range(2)]
-    times = {name: round(min(times[name] for times in rounds), 1) for name in names}
-    rows = [
-        {
-            "entry": name,
-            "train_step_ms": milliseconds,
-            "over_adamw": round(milliseconds / times["adamw"], 3),
-        }
-        for name, milliseconds in times.items()
-    ]
-    print(*rows, sep="\n")
+    """A row for each entry: its step, also over AdamW's."""
+    rows = sweep.timed_over_adamw(config.only, functools.partial(timed, config))
     if not config.quick:
         record.write("train_step", rows)
 

@@ -126,25 +126,24 @@ def study(config: Config) -> None:
         loss(config, task, name, rate, seed)
 
 
+def timed(config: Config, name: str) -> dict[str, Any]:
+    """A training step of an entry, and all memory that it takes."""
+    argv = arguments(config, SWEPT_TASK, name, STUDY[name].rate, seed=0)
+    argv += ["--out", str(config.runs / "timed"), "--overwrite"]
+    run = finetune.prepare(tyro.cli(finetune.Config, args=argv)).run
+    lazy: Any = run.compile()
+    step = lazy.lower(1, run.state, next(run.batches)).compile()
+    memory = step.memory_analysis()
+    return {
+        "entry": name,
+        "train_step_ms": round(sweep.step_ms(run, step, steps=20)),
+        "peak_bytes": memory.argument_size_in_bytes + memory.temp_size_in_bytes,
+    }
+
+
 def measure(config: Config) -> None:
-    """A row for each entry: a step's time, also over AdamW's, and all memory that it takes."""
-    rows: list[dict[str, Any]] = []
-    for name in ("adamw", *(x for x in config.only if x != "adamw")):
-        argv = arguments(config, SWEPT_TASK, name, STUDY[name].rate, seed=0)
-        argv += ["--out", str(config.runs / "timed"), "--overwrite"]
-        run = finetune.prepare(tyro.cli(finetune.Config, args=argv)).run
-        lazy: Any = run.compile()
-        step = lazy.lower(1, run.state, next(run.batches)).compile()
-        memory = step.memory_analysis()
-        rows.append(
-            {
-                "entry": name,
-                "train_step_ms": round(sweep.step_ms(run, step, steps=20)),
-                "peak_bytes": memory.argument_size_in_bytes + memory.temp_size_in_bytes,
-            }
-        )
-        rows[-1]["over_adamw"] = round(rows[-1]["train_step_ms"] / rows[0]["train_step_ms"], 3)
-        print(rows[-1], flush=True)
+    """A row for each entry: its step, also over AdamW's."""
+    rows = sweep.timed_over_adamw(config.only, functools.partial(timed, config))
     record.write("finetuning_step", rows)
 
 

@@ -81,3 +81,19 @@ def step_ms(run: training.Run, step: training.Step, steps: int) -> float:
         state, _ = jax.block_until_ready(step(t, state, batch))
         times.append(1e3 * (time.perf_counter() - begun))
     return median(times[3:])
+
+
+def timed_over_adamw(
+    names: Sequence[str], measure: Callable[[str], dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """A row of `measure` for each name, AdamW's first, with its time over AdamW's.
+
+    Of two rounds the faster: a shared machine has slow spells.
+    """
+    names = ["adamw", *(x for x in names if x != "adamw")]
+    rounds = [[measure(name) for name in names] for _ in range(2)]
+    time_of = lambda row: row["train_step_ms"]
+    rows = [min(both, key=time_of) for both in zip(*rounds, strict=True)]
+    rows = [row | {"over_adamw": round(time_of(row) / time_of(rows[0]), 3)} for row in rows]
+    print(*rows, sep="\n")
+    return rows

@@ -59,7 +59,7 @@ def test_aims_are_told_as_recorded():
 def test_tuning_is_told_as_recorded():
     over = {row["variant"]: row["each"] for row in tuning.summarize()}
     words = " ".join((ROOT / "docs/benchmarks.md").read_text().split())
-    assert "Two seeds each." in words and all(len(over[name]) == 2 for name in tuning.VARIANTS)
+    assert "two seeds each" in words and all(len(over[name]) == 2 for name in tuning.VARIANTS)
     for name in ("the longer side", "momentum 0.95", "no Nesterov"):
         assert min(over[name]) > 0.01, "what tells"
     hardly = [
@@ -67,6 +67,10 @@ def test_tuning_is_told_as_recorded():
     ]
     assert all(abs(x) < 0.011 for name in hardly for x in over[name])
     assert max(over["Adam for the other leaves at 1e-2"]) < 0
+    steps = json.loads((ROOT / "benchmarks/results/step_60m.json").read_text())["rows"]
+    update = {row["optimizer"]: row["over_adamw"] for row in steps}
+    ratio = update["sumo, rank 128"] / update["sumo, rank 128, refresh_every=1"]
+    assert f"takes [{ratio:.2f} of its update]" in words
 
 
 def test_fine_tuning_is_told_as_recorded():
