@@ -128,6 +128,7 @@ def test_fine_tuning_is_told_as_recorded():
 
     steps = json.loads((ROOT / "benchmarks/results/finetuning_step.json").read_text())["rows"]
     epoch = {row["entry"]: 114 * row["train_step_ms"] / 1000 for row in steps}
+    assert "within 5 % of AdamW's" in words and all(abs(x["over_adamw"] - 1) < 0.05 for x in steps)
     assert told("(AdamW {:.0f} s, SUMO {:.0f} s)", epoch["adamw"], epoch[sumo])
 
 
