@@ -1,46 +1,137 @@
-"""The gradient G of one matrix as an optimizer reads it, and the update that it gives."""
+"""The gradients of a group of matrices: the only reader and writer of m x n arrays.
+
+A group is a stack of B matrices of one shape, in the leaves that hold them. Their gradients are
+never stacked: a product with G is taken leaf by leaf, and what it gives is small and is stacked.
+"""
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
 
-from sumo_optax._linalg import frobenius_norm, largest_entry, product
+from sumo_optax._linalg import at_least_float32, largest_entry, written_out
+
+Batch = tuple[int, ...]
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["stored"], meta_fields=["transposed"]
-)
+class Update(NamedTuple):
+    """D = left right + G diag(weights), not yet multiplied out; weights want the whole G."""
+
+    left: jax.Array  # (B, m, r)
+    right: jax.Array  # (B, r, n)
+    weights: jax.Array | None = None  # (B, 1, n)
+
+
 @dataclasses.dataclass(frozen=True)
-class WholeGradient:
-    """G, m x n, as it lies in memory: where that is Gᵀ, to write out G would cost a pass or two."""
+class Gradients:
+    """G, B matrices m x n, as their leaves hold them: in the leaves' dtype and order.
 
-    stored: jax.Array  # G or, where transposed, Gᵀ
-    transposed: bool
+    Half of a model's matrices are wider than tall: a transpose written out costs a pass over them.
+    """
+
+    batches: Sequence[Batch]  # of the leaves
+    transposed: bool  # whether leaves are (*batch, n, m)
+    dtype: jnp.dtype
+    precision: Any  # of products m x n
+
+    def updates(self, D: Update, good: jax.Array | bool) -> list[jax.Array]:
+        """D leaf by leaf, 0 where not `good`, shape (B, 1, 1)."""
+        left, right = (D.right.mT, D.left.mT) if self.transposed else (D.left, D.right)
+        parts = [written_out(left.astype(self.dtype)), right.astype(self.dtype)]
+        left, right = (pieces_of(x, self.batches) for x in parts)
+        products = [
+            jnp.matmul(x, y, precision=self.precision)
+            for x, y in zip(*apart(left, right), strict=True)
+        ]
+        if D.weights is not None:
+            products = self._plus_weighted(products, D.weights)
+        if good is True:
+            return products
+        return [
+            jnp.where(keep, D, jnp.zeros_like(D))
+            for keep, D in zip(pieces_of(good, self.batches), products, strict=True)
+        ]
+
+    def _plus_weighted(self, products: list[jax.Array], weights: jax.Array) -> list[jax.Array]:
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class WholeGradients(Gradients):
+    stored: Sequence[jax.Array]  # each (*batch, m, n) or, where transposed, (*batch, n, m)
+
+    @classmethod
+    def of(cls, stored: Sequence[jax.Array], *, transposed: bool = False, precision: Any = None):
+        batches = [G.shape[:-2] for G in stored]
+        return cls(batches, transposed, stored[0].dtype, precision, stored)
 
     @property
-    def matrix(self) -> jax.Array:
-        return self.stored.mT if self.transposed else self.stored
+    def shape(self) -> tuple[int, int]:
+        """m and n."""
+        rows, columns = self.stored[0].shape[-2:]
+        return (columns, rows) if self.transposed else (rows, columns)
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.matrix.shape
+    def left_product(self, Q: jax.Array) -> jax.Array:
+        """QᵀG (B, r, n), for Q (B, m, r) of few columns."""
+        return self._product(Q.mT, self.transposed)
 
-    @property
-    def dtype(self) -> jnp.dtype:
-        return self.stored.dtype
+    def right_product(self, V: jax.Array) -> jax.Array:
+        """GV (B, m, r), for V (B, n, r) of few columns."""
+        return self._product(V.mT, not self.transposed).mT
 
-    def norm(self, *, scale: jax.Array) -> jax.Array:
-        """||G||, safe against overflow where `scale` has entries of its size."""
-        return frobenius_norm(self.stored, scale=scale)
+    def norms(self, *, scale: jax.Array) -> jax.Array:
+        """||G||, shape (B, 1, 1), safe against overflow where `scale` has entries of its size."""
+        return self._norms(scale, axis=(-2, -1))
 
     def column_norms(self, *, scale: jax.Array) -> jax.Array:
-        """Those of the columns, likewise; columns that are 1e-18 of that size may count as 0."""
+        """Those of the columns, (B, 1, n), likewise; 1e-18 of that size may count as 0."""
+        norms = self._norms(scale, axis=-1 if self.transposed else -2)
+        return norms.mT if self.transposed else norms
+
+    def left_singular_vectors(self, r: int) -> jax.Array:
+        """The first r of each matrix, (B, m, r)."""
+        vectors = []
+        for G in self.stored:
+            G = at_least_float32(G.mT if self.transposed else G)
+            vectors.append(jnp.linalg.svd(G / largest_entry(G), full_matrices=False)[0][..., :r])
+        return self._stack(vectors)
+
+    def are_zero(self) -> jax.Array:
+        """Which are, (B, 1, 1)."""
+        return self._stack([~jnp.any(G, axis=(-2, -1), keepdims=True) for G in self.stored])
+
+    def _product(self, X: jax.Array, transposed: bool) -> jax.Array:
+        """X times what the leaves hold, or its transpose; sums in float32."""
+        matmul = functools.partial(
+            jnp.matmul,
+            precision=self.precision,
+            preferred_element_type=jnp.promote_types(self.dtype, jnp.float32),
+        )
+        pieces = pieces_of(written_out(X.astype(self.dtype)), self.batches)
+        stored = [G.mT if transposed else G for G in self.stored]
+        return self._stack([matmul(x, G) for x, G in zip(pieces, stored, strict=True)])
+
+    def _norms(self, scale: jax.Array, axis: Any) -> jax.Array:
         largest = largest_entry(scale)
-        axis = -1 if self.transposed else -2
-        return largest * jnp.linalg.norm(self.stored / largest, axis=axis)
+        norms = [
+            jnp.linalg.norm(at_least_float32(G) / unit, axis=axis, keepdims=True)
+            for G, unit in zip(self.stored, pieces_of(largest, self.batches), strict=True)
+        ]
+        return largest * self._stack(norms)
+
+    def _plus_weighted(self, products: list[jax.Array], weights: jax.Array) -> list[jax.Array]:
+        weights = pieces_of(weights.mT if self.transposed else weights, self.batches)
+        return [
+            (at_least_float32(D) + at_least_float32(G) * w).astype(self.dtype)
+            for D, G, w in zip(products, self.stored, weights, strict=True)
+        ]
+
+    def _stack(self, matrices: list[jax.Array]) -> jax.Array:
+        return stack_of(*apart(matrices), axes=len(self.batches[0]))
 
 
 @functools.partial(
@@ -52,42 +143,70 @@ class ProjectedGradient:
 
     left: Any  # QᵀG, shape (*batch, r, n), or None
     right: Any  # GV, shape (*batch, m, r), or None
-    shape: tuple[int, ...]  # of G, or of the leaf that it is of
+    shape: tuple[int, ...]  # of the leaf
 
     @property
     def dtype(self) -> jnp.dtype:
         return jax.tree.leaves(self)[0].dtype
 
-    @property
-    def T(self) -> "ProjectedGradient":
-        transpose = lambda x: None if x is None else x.mT
-        return ProjectedGradient(transpose(self.right), transpose(self.left), self.shape[::-1])
+
+@dataclasses.dataclass(frozen=True)
+class ProjectedGradients(Gradients):
+    """A group's, in the place of `WholeGradients`: what they do not hold cannot be read."""
+
+    left: jax.Array | None  # (B, r, n)
+    right: jax.Array | None  # (B, m, r)
+    shape: tuple[int, int]  # m and n
+    path: str  # of the first leaf
+
+    def left_product(self, Q: jax.Array) -> jax.Array:
+        return self._refuse("QᵀG") if self.left is None else self.left
+
+    def right_product(self, V: jax.Array) -> jax.Array:
+        return self._refuse("GV") if self.right is None else self.right
+
+    def norms(self, *, scale: jax.Array) -> jax.Array:
+        self._refuse("its norm")
+
+    def column_norms(self, *, scale: jax.Array) -> jax.Array:
+        self._refuse("the norms of its columns")
+
+    def left_singular_vectors(self, r: int) -> jax.Array:
+        self._refuse("its singular vectors")
+
+    def are_zero(self) -> jax.Array:
+        self._refuse("whether it is zero")
+
+    def _plus_weighted(self, products: list[jax.Array], weights: jax.Array) -> list[jax.Array]:
+        self._refuse("the part outside the subspace")
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise ValueError(
+            f"the gradient of {self.path} is projected, but this optimizer reads {what}, for which"
+            " it needs whole gradients"
+        )
 
 
-Gradient = WholeGradient | ProjectedGradient
+def pieces_of(stack: jax.Array, batches: Sequence[Batch]) -> list[jax.Array]:
+    """A stack (B, ...) taken apart: an array (*batch, ...) for each batch."""
+    pieces, start = [], 0
+    for batch in batches:
+        stop = start + math.prod(batch)
+        piece = jax.lax.slice_in_dim(stack, start, stop)
+        pieces.append(piece.reshape(*batch, *stack.shape[1:]))
+        start = stop
+    return pieces
 
 
-def left_product(Q: jax.Array, G: Gradient) -> jax.Array:
-    """QᵀG, for Q with few columns; of a projected gradient, whose Q this is, what it holds."""
-    return G.left if isinstance(G, ProjectedGradient) else product(Q.T, G.matrix)
+def stack_of(arrays: Sequence[jax.Array], *, axes: int) -> jax.Array:
+    """Arrays (*batch, ...), with so many batch axes, as one (B, ...)."""
+    flat = [x.reshape(math.prod(x.shape[:axes]), *x.shape[axes:]) for x in arrays]
+    return flat[0] if len(flat) == 1 else jnp.concatenate(flat)
 
 
-def right_product(G: Gradient, V: jax.Array) -> jax.Array:
-    """GV, for V with few columns; likewise."""
-    return G.right if isinstance(G, ProjectedGradient) else product(V.T, G.matrix.T).T
+def apart(*lists: list[jax.Array]) -> Any:
+    """The same, so that the compiler sees no concatenation through products, nor slices.
 
-
-class Update(NamedTuple):
-    """D = left right + G diag(weights), not yet multiplied out; weights want the whole G."""
-
-    left: jax.Array  # m x r
-    right: jax.Array  # r x n
-    weights: jax.Array | None = None  # shape (n,)
-
-    def of(self, G: Gradient, *, transposed: bool) -> jax.Array:
-        """D or, where transposed, Dᵀ: made as it is wanted, since a transpose costs a pass."""
-        left, right, weights = self
-        D = product(right.T, left.T) if transposed else product(left, right)
-        if weights is None or isinstance(G, ProjectedGradient):
-            return D
-        return D + (G.matrix.T * weights[:, None] if transposed else G.matrix * weights)
+    A TPU's takes minutes where it does.
+    """
+    return jax.lax.optimization_barrier(lists)

@@ -15,8 +15,9 @@ import optax
 
 from sumo_optax import _check, _subspace
 from sumo_optax._axes import WeightDimensionNumbers, path_names
-from sumo_optax._gradient import Update, left_product
-from sumo_optax._matrix import PyTree, Rule, Side, lift, refreshed
+from sumo_optax._gradient import Update
+from sumo_optax._linalg import choose
+from sumo_optax._matrix import PyTree, Rule, Side, lift
 
 SubspaceBasis = Literal["randomized_svd", "svd", "random", "online_pca"]
 
@@ -156,63 +157,70 @@ def in_subspace(
     _check.choice("side", side, get_args(Side))
     _check.number("scale", scale, above=0)
 
-    def init(m, n, dtype, key):
+    def start(m, n, dtype):
         r = min(rank, m, n)
         P = jnp.zeros((m, r), dtype)
         projector = () if online_pca is None else online_pca.optimizer.init(P)
         return P, projector, inner.init(jnp.zeros((r, n), dtype))
 
-    def due(t, state, place):
-        P, _, _ = state
-        if online_pca:
-            return _subspace.is_missing(P)
-        return _subspace.is_due(t, P, refresh_every, place if stagger else 0)
+    def init(m, n, dtype, key):
+        return start(m, n, dtype)
 
-    def step(G, state, t, due, key):
+    def axes(m, n):
+        """Arrays of the optimizers that are like P or like Ĝ lie as these do."""
+        P, projector, inner_state = jax.eval_shape(lambda: start(m, n, jnp.float32))
+        like = lambda shape, word: lambda x: word if x.shape == shape else ""
+        return (
+            "mr",
+            jax.tree.map(like(P.shape, "mr"), projector),
+            jax.tree.map(like((P.shape[1], n), "rn"), inner_state),
+        )
+
+    def due(t, state, phase):
+        P, _, _ = state
+        return (
+            _subspace.is_missing(P) if online_pca else _subspace.is_due(t, P, refresh_every, phase)
+        )
+
+    def step(G, state, t, due, keys):
         P, projector, inner_state = state
         begins = _subspace.is_missing(P)
 
         def refresh():
-            P_new = _subspace.refresh(G, P, key(), basis)
-            if online_pca:  # the others of a batch go on
-                return jnp.where(begins, P_new, P), inner_state
+            P_new = _subspace.refresh(G, P, keys(), basis)
             return P_new, _transported(inner_state, P_new, P) if transport else inner_state
 
-        P, inner_state = refreshed(due, refresh, (P, inner_state))
+        P, inner_state = _subspace.refreshed(due, refresh, (P, inner_state))
 
-        G_hat = left_product(P, G)
-        delta, inner_new = inner.update(G_hat, inner_state, jnp.zeros_like(G_hat))
+        G_hat = G.left_product(P)
+        # One matrix at a time, since `inner` may be any transformation.
+        delta, inner_new = jax.vmap(inner.update)(G_hat, inner_state, jnp.zeros_like(G_hat))
         if online_pca is None:
             return Update(P, scale * delta), (P, projector, inner_new)
         gradient, norm = _subspace.online_pca_gradient(G, P, G_hat, online_pca.penalty)
-        moves = norm != 0  # true of NaN
-        delta, inner_state = _where(moves, (delta, inner_new), (0 * G_hat, inner_state))
+        moves = norm[:, 0, 0] != 0  # true of NaN
+        delta, inner_state = choose(moves, (delta, inner_new), (0 * G_hat, inner_state))
         moved = _moved(online_pca, gradient, P, projector, t)
-        P_new, projector = _where(moves & ~begins, moved, (P, projector))
+        P_new, projector = choose(moves & ~begins, moved, (P, projector))
         return Update(P, scale * delta), (P_new, projector, inner_state)
 
-    needs_whole = "online PCA" if online_pca else "refresh_every=1" if refresh_every == 1 else ""
-    return lift(Rule(init, due, step, needs_whole, side), SubspaceState, **lifted)
+    return lift(Rule(init, due, step, axes, side, stagger), SubspaceState, **lifted)
 
 
 def _moved(pca: OnlinePCA, gradient, P, state, t) -> tuple[jax.Array, PyTree]:
     """A step of P down its loss, and the state of its optimizer."""
-    direction, state = pca.optimizer.update(gradient, state, P)
+    direction, state = jax.vmap(pca.optimizer.update)(gradient, state, P)
     rate = pca.learning_rate(t) if callable(pca.learning_rate) else pca.learning_rate
     return P - rate * direction, state
 
 
-def _where(flag: jax.Array, a: PyTree, b: PyTree) -> PyTree:
-    return jax.tree.map(lambda x, y: jnp.where(flag, x, y), a, b)
-
-
 def _transported(inner_state: PyTree, P_new: jax.Array, P_old: jax.Array) -> PyTree:
     """The inner state in a new basis, as far as that can be had; see `scale_in_subspace`."""
-    T = P_new.T @ P_old
+    T = P_new.mT @ P_old
 
     def carry(path, x):
         name = path_names(path)[-1] if path else ""
-        if x.ndim != 2 or x.shape[0] != T.shape[1]:
+        if x.ndim != 3 or x.shape[1] != T.shape[2]:
             return x
         return T @ x if name in FIRST_MOMENTS else T**2 @ x if name in _SECOND_MOMENTS else x
 

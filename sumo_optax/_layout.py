@@ -16,29 +16,23 @@ from sumo_optax._axes import PyTree
 Entry = str | tuple[str, ...] | None  # mesh axes of one array axis
 Spec = tuple[Entry, ...]
 
-# A matrix of this shape shows which axes of its state run along m and n.
-_PROBE = {1_000_003: "m", 1_000_000: "n"}
 
+def placed(arrays: list[jax.Array], leaf: Any, view: Any, words: list[str]) -> list[jax.Array]:
+    """State arrays where the leaf says, an array on a mesh or one whose type has a sharding.
 
-def along(init: Callable[[int, int], Any]) -> list[str]:
-    """For each array of a state, in order, a letter for each axis: m, n, or - for any other."""
-    shapes = jax.tree.leaves(jax.eval_shape(lambda: init(*_PROBE)))
-    return ["".join(_PROBE.get(size, "-") for size in x.shape) for x in shapes]
-
-
-def placed(arrays: list[jax.Array], leaf: Any, view: Any, letters: list[str]) -> list[jax.Array]:
-    """State arrays where the leaf says, an array on a mesh or one whose type has a sharding."""
+    A word names the axes of a state array of one matrix: m, n or any other letter.
+    """
     sharding = _sharding(leaf)
     if sharding is None:
         return arrays
     put = jax.device_put if _is_concrete(leaf) else jax.sharding.reshard
-    specs = [_state_spec(tuple(sharding.spec), view, word) for word in letters]
+    specs = [_state_spec(tuple(sharding.spec), view, word) for word in words]
     return [
         put(x, NamedSharding(sharding.mesh, spec)) for x, spec in zip(arrays, specs, strict=True)
     ]
 
 
-def renamed(tree: PyTree, params: PyTree, views: list[Any], word: str) -> PyTree:
+def renamed(tree: PyTree, params: PyTree, views: list[Any], words: list[str]) -> PyTree:
     """State arrays in wrappers that name the axes of the parameter, as Flax NNX's variables do.
 
     The state's axes are others, and so must be their names.
@@ -48,29 +42,31 @@ def renamed(tree: PyTree, params: PyTree, views: list[Any], word: str) -> PyTree
     if not any(map(_has_names, wrappers)):
         return tree
     nodes, treedef = jax.tree.flatten(tree, is_leaf=stops)
-    each = iter(views)
+    each = iter(zip(views, words, strict=True))
     for i, (wrapper, node) in enumerate(zip(wrappers, nodes, strict=True)):
         if isinstance(wrapper, optax.MaskedNode):
             continue
-        view = next(each)
+        view, word = next(each)
         if _has_names(wrapper):
             names = () if view is None else _state_spec(_names(wrapper), view, word)
             nodes[i] = node.copy(out_sharding=tuple(names))
     return treedef.unflatten(nodes)
 
 
+def explicit_spec(x: Any) -> PartitionSpec | None:
+    """Where a leaf lies by its type, as on a mesh with explicit axes; None elsewhere."""
+    sharding = jax.typeof(x).sharding
+    return sharding.spec if AxisType.Explicit in sharding.mesh.axis_types else None
+
+
 def in_auto_mode(
-    step: Callable[..., tuple[jax.Array, list[jax.Array], jax.Array]],
-    G: jax.Array,
-    view: Any,
-    letters: list[str],
-) -> Any:
-    """`step` for a mesh with explicit axes: inside, the compiler shards; out of it come types."""
-    sharding = jax.typeof(G).sharding
-    if AxisType.Explicit not in sharding.mesh.axis_types:
+    step: Callable[..., Any], spec: PartitionSpec | None, view: Any, words: list[str], leaves: int
+) -> Callable[..., Any]:
+    """A group's step for a mesh with explicit axes: the compiler shards inside; types come out."""
+    if spec is None:
         return step
-    state = [_state_spec(sharding.spec, view, word) for word in letters]
-    return jax.sharding.auto_axes(step, out_sharding=(sharding.spec, state, PartitionSpec()))
+    state = [[_state_spec(spec, view, word)] * leaves for word in words]
+    return jax.sharding.auto_axes(step, out_sharding=([spec] * leaves, state, PartitionSpec()))
 
 
 def _is_concrete(x: Any) -> bool:
@@ -100,5 +96,5 @@ def _state_spec(spec: Sequence[Any], view: Any, word: str) -> PartitionSpec:
     Axes that are merged into one keep the mesh axes of the first of them alone.
     """
     spec = (*spec, *[None] * (len(view.leaf_shape) - len(spec)))
-    entries = {"m": spec[view.m_axes[0]], "n": spec[view.n_axes[0]], "-": None}
-    return PartitionSpec(*(spec[a] for a in view.batch_axes), *(entries[x] for x in word))
+    entries = {"m": spec[view.m_axes[0]], "n": spec[view.n_axes[0]]}
+    return PartitionSpec(*(spec[a] for a in view.batch_axes), *(entries.get(x) for x in word))

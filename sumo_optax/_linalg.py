@@ -1,12 +1,15 @@
-"""Array mathematics on one matrix: polar factor, orthonormal bases. Knows no optax, no trees."""
+"""Array mathematics on stacks of small matrices: polar factors, orthonormal bases. Knows no optax, no trees.
+
+A stack is (B, m, n), or has any other number of axes before the two of a matrix.
+"""
 
 import functools
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
-PolarMethod = Literal["auto", "svd", "reduced", "newton_schulz"]
+PolarMethod = Literal["auto", "svd", "newton_schulz"]
 
 # Muon's quintic: steep at zero, and never settling at one.
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -26,9 +29,19 @@ def _highest_precision(fn):
     return wrapped
 
 
+def at_least_float32(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def choose(flags: jax.Array, a: Any, b: Any) -> Any:
+    """Of two trees of stacks (B, ...) the matrices of the first where its flag (B,) is set."""
+    of = lambda x, y: jnp.where(flags.reshape(-1, *(1,) * (x.ndim - 1)), x, y)
+    return jax.tree.map(of, a, b)
+
+
 def largest_entry(x: jax.Array) -> jax.Array:
-    """max |x|, or 1 where x = 0."""
-    largest = jnp.max(jnp.abs(x))
+    """max |x| of each matrix, (..., 1, 1), or 1 where x = 0."""
+    largest = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
     return jnp.where(largest > 0, largest, 1)
 
 
@@ -39,29 +52,25 @@ def unit_scale(x: jax.Array) -> jax.Array:
 
 def _at_most_one(x: jax.Array) -> jax.Array:
     """`x` of largest entry 1 at Frobenius norm 1: no singular value is above 1; 0 stays 0."""
-    return x / jnp.maximum(jnp.linalg.norm(x), 1)
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=(-2, -1), keepdims=True), 1)
 
 
-def product(left: jax.Array, right: jax.Array) -> jax.Array:
-    """On a CPU with the left one written out: a transpose there makes it take 2 to 5 times."""
-    return _stored(left) @ right
+def written_out(x: jax.Array) -> jax.Array:
+    """On a CPU a product takes 2 to 5 times as long where its left factor is a transpose."""
+    return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
 
 
-def _stored(x: jax.Array) -> jax.Array:
-    return jax.lax.optimization_barrier(x) if jax.default_backend() == "cpu" else x
-
-
-def frobenius_norm(x: jax.Array, *, scale: jax.Array) -> jax.Array:
-    """||x||, safe against overflow of the squares where `scale` has entries of its size."""
-    largest = largest_entry(scale)
-    return largest * jnp.linalg.norm(x / largest)
+def frobenius_norm(x: jax.Array) -> jax.Array:
+    """||x|| of each matrix, (..., 1, 1), safe against overflow of the squares."""
+    largest = largest_entry(x)
+    return largest * jnp.linalg.norm(x / largest, axis=(-2, -1), keepdims=True)
 
 
 def column_norms(x: jax.Array) -> jax.Array:
-    """Euclidean norms of the columns, safe against overflow of the squares."""
-    largest = jnp.max(jnp.abs(x), axis=-2)
+    """Euclidean norms of the columns, (..., 1, n), safe against overflow of the squares."""
+    largest = jnp.max(jnp.abs(x), axis=-2, keepdims=True)
     scale = jnp.where(largest > 0, largest, 1)
-    return scale * jnp.linalg.norm(x / scale[..., None, :], axis=-2)
+    return scale * jnp.linalg.norm(x / scale, axis=-2, keepdims=True)
 
 
 @functools.partial(jax.jit, static_argnames="method")
@@ -110,9 +119,8 @@ def polar_factor(x: jax.Array, *, method: PolarMethod = "auto") -> jax.Array:
         return x
     wide = x.shape[-2] <= x.shape[-1]
     y = x if wide else x.mT
-    of_one = lambda y: _POLAR[method](unit_scale(y))
-    y = y.astype(jnp.promote_types(x.dtype, jnp.float32))
-    o = jnp.vectorize(of_one, signature="(r,n)->(r,n)")(y).astype(x.dtype)
+    with jax.default_matmul_precision("highest"):
+        o = _POLAR[method](unit_scale(at_least_float32(y))).astype(x.dtype)
     return o if wide else o.mT
 
 
@@ -121,132 +129,42 @@ def check_polar_method(method: str) -> None:
         raise ValueError(f"polar method must be one of {get_args(PolarMethod)}, got {method!r}")
 
 
-@jax.custom_batching.custom_vmap
-@_highest_precision
-def _polar_auto(x: jax.Array) -> jax.Array:
-    """By eigenvectors of xxᵀ; robustly where x, or any matrix of a batch, is ill conditioned."""
-    eigenvectors, eigenvalues = jax.lax.linalg.eigh(x @ x.mT, symmetrize_input=False)
-    # False for a NaN, which is one either way, and no matter of the rest of a batch.
-    ill = eigenvalues[..., 0] * _WELL_CONDITIONED**2 <= eigenvalues[..., -1]
-    short, long = x.shape[-2:]
-    robust = jnp.vectorize(
-        _polar_reduced if long >= 2 * short else _polar_by_svd, signature="(r,n)->(r,n)"
-    )
-    return jax.lax.cond(
-        jnp.any(ill), lambda x, _: robust(x), _polar_by_eigenvectors, x, eigenvectors
-    )
-
-
-@_polar_auto.def_vmap
-def _(_, __, x: jax.Array) -> tuple[jax.Array, bool]:
-    """One predicate for all: one each would turn `lax.cond` into doing both."""
-    return _polar_auto(x), True
-
-
-def _polar_by_eigenvectors(x: jax.Array, U: jax.Array) -> jax.Array:
-    """polar(x) = U polar(Uᵀx), where Uᵀx = D (I + H) Z: Z has orthonormal rows, and H is small.
-
-    D (I + H) = (I + K) P with K antisymmetric and P symmetric, so to first order in H the polar
-    factor is U (I + K - H) D⁻¹Uᵀx with K_ij = H_ij (d_i - d_j) / (d_i + d_j).
-    """
-    rows = U.mT @ x
-    d = jnp.linalg.norm(rows, axis=-1, keepdims=True)
-    rows = rows / d
-    H = (rows @ rows.mT - jnp.eye(x.shape[-2], dtype=x.dtype)) / 2
-    return (U - U @ (H * (2 * d.mT / (d + d.mT)))) @ rows
-
-
 def _polar_by_svd(x: jax.Array) -> jax.Array:
     u, s, vt = jnp.linalg.svd(x, full_matrices=False)
-    return (u * above_rounding(s)) @ vt
+    return (u * above_rounding(s)[..., None, :]) @ vt
 
 
 def above_rounding(s: jax.Array) -> jax.Array:
     """Which singular values, the largest first, are not lost in rounding; NaN is to be seen."""
-    return ~(s <= 4 * jnp.finfo(s.dtype).eps * s[0])
+    return ~(s <= 4 * jnp.finfo(s.dtype).eps * s[..., :1])
 
 
-@_highest_precision
-def _polar_reduced(x: jax.Array) -> jax.Array:
-    """polar(x) = polar(x Zᵀ) Z, where the rows of Z (r x n) are a basis of the rows of x.
-
-    Z = T Y, so that the last Cholesky-QR pass is r x r. Where x is rank deficient so is Z, up to
-    rows of rounding noise; there x Zᵀ is noise as well, which the polar factor drops.
-    """
-    Y = _at_most_one(x)
-    for _ in range(2):
-        _, Y = _cholesky_pass(Y)
-    T = _whitening(Y @ Y.T)
-    return (_polar_by_svd(x @ Y.T @ T.T) @ T) @ Y
-
-
-def _whitening(gram: jax.Array) -> jax.Array:
-    """L⁻¹ with LLᵀ = gram + shift: one shifted Cholesky-QR pass is Y <- L⁻¹ Y, gram = YYᵀ.
-
-    Y has singular values of at most 1; a pass takes its condition number k to about k / 500.
-    """
-    identity = jnp.eye(gram.shape[0], dtype=gram.dtype)
-    lower = jax.lax.linalg.cholesky(gram + _shift(gram) * identity, symmetrize_input=False)
-    # The inverse, since a triangular solve with long right-hand sides is slow and serial.
-    inverse = jax.lax.linalg.triangular_solve(lower, identity, left_side=True, lower=True)
-    return inverse * (1 + _shift(gram)) ** 0.5
-
-
-def _shift(gram: jax.Array) -> float:
-    """Above the rounding error of a Gram matrix, or the factorisation of a singular one fails."""
-    return (16 + gram.shape[0] / 8) * float(jnp.finfo(gram.dtype).eps)
-
-
-@_highest_precision
 def _newton_schulz(x: jax.Array) -> jax.Array:
     a, b, c = _NEWTON_SCHULZ
     x = _at_most_one(x)
     for _ in range(5):
-        gram = x @ x.T
+        gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x
 
 
 _POLAR = {
-    "auto": _polar_auto,
+    "auto": _polar_by_svd,
     "svd": _polar_by_svd,
-    "reduced": _polar_reduced,
     "newton_schulz": _newton_schulz,
 }
 
 
-@_highest_precision
-def orthonormal_columns(
-    y: jax.Array, completion: jax.Array | None = None, *, passes: int = 3
-) -> jax.Array:
-    """An orthonormal basis of the columns of y (m x r), completed where they are dependent.
-
-    The completion, of y's shape, with columns of about unit length, enters at the level of
-    rounding, from which three passes raise it to one. Without it, columns of 0 remain so. Fewer
-    passes leave the directions of y shorter that are small: those below 1e-5 of the largest after
-    two, while after one the condition number has fallen by about 500.
-    """
-    rows = _at_most_one(unit_scale(y.T))
+def orthonormal_columns(y: jax.Array, completion: jax.Array | None = None) -> jax.Array:
+    rows = _at_most_one(unit_scale(y.mT))
     if completion is not None:
-        rows += _shift(rows) * completion.T
-    whitening, rows = _cholesky_pass(_stored(rows))
-    if passes > 1:
-        _, rows = _cholesky_pass(rows)
-    if passes > 2:
-        # ||L⁻¹|| is at least one over the least singular value: where that is above the root of
-        # the shift, two passes leave errors below the shift.
-        enough = jnp.sum(whitening**2) * _shift(whitening) < 1
-        rows = jax.lax.cond(enough, lambda rows: rows, lambda rows: _cholesky_pass(rows)[1], rows)
-    return rows.T
-
-
-def _cholesky_pass(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
-    whitening = _whitening(rows @ rows.T)
-    return whitening, whitening @ rows
+        rows += (16 + rows.shape[-2] / 8) * float(jnp.finfo(rows.dtype).eps) * completion.mT
+    u, s, vt = jnp.linalg.svd(rows, full_matrices=False)
+    return ((u * ((s > 0) if completion is not None else above_rounding(s))[..., None, :]) @ vt).mT
 
 
 def svd(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """U (m x k), s and V (n x k) of x = U diag(s) Vᵀ, k the short side; of any scale."""
+    """U (m x k), s (1 x k) and V (n x k) of x = U diag(s) Vᵀ, k the short side; of any scale."""
     largest = largest_entry(x)
     u, s, vt = jnp.linalg.svd(x / largest, full_matrices=False)
-    return u, s * largest, vt.T
+    return u, s[..., None, :] * largest, vt.mT

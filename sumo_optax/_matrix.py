@@ -1,17 +1,17 @@
-"""A parameter leaf seen as a batch of matrices and back; lifting a one-matrix rule to a whole tree.
+"""Leaves grouped into stacks of matrices; a rule for a stack made a transformation of a tree.
 
-The only file that knows of batches, transposes, dtypes and leaves that are no matrices.
+The only file that knows of groups, orientation, dtypes and leaves that are no matrices.
 """
 
-import dataclasses
-import functools
 import math
+import re
 import zlib
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from sumo_optax import _layout
@@ -24,7 +24,15 @@ from sumo_optax._axes import (
     path_string,
     resolve,
 )
-from sumo_optax._gradient import ProjectedGradient, Update, WholeGradient
+from sumo_optax._gradient import (
+    ProjectedGradient,
+    ProjectedGradients,
+    Update,
+    WholeGradients,
+    pieces_of,
+    stack_of,
+)
+from sumo_optax._linalg import at_least_float32, choose
 
 MATRIX, FALLBACK = "matrix", "fallback"
 
@@ -100,28 +108,42 @@ def matrix_views(
 
 
 class Rule(NamedTuple):
-    """An optimizer for one matrix m x n. Its state is a tuple of arrays or trees of arrays.
+    """An optimizer for a stack of B matrices m x n. Its state is a tuple of arrays, or trees of them.
 
-    init(m, n, dtype, key) -> state, a tree of one structure for all matrices
-    due(t, state, place) -> bool: whether `step` refreshes; any matrix of a batch makes all of them
-      do so, since under `vmap` a predicate of its own would turn `lax.cond` into doing both; place,
-      from 0 to 1, is where the leaf stands among all
-    step(G, state, t, due, key) -> Update, state; key() depends on the leaf and t alone
-    needs_whole: what makes `step` read more of G than a `ProjectedGradient` has, "" if nothing
-      does; with such a G, due is False, the Python constant
+    init(m, n, dtype, key) -> the state of one matrix
+    due(t, state, phase) -> (B,): which matrices have a new basis in this step
+    step(G, state, t, due, keys) -> Update, state; due is None where G is projected, which allows no
+      new basis; keys() gives (B,) keys that depend on the leaf and t alone
+    axes(m, n) -> a tree like the state with the names of each array's axes, as "mr" or "rn"
     side: which side of the matrix is m
+    stagger: whether leaves have a phase, from 0 to 1, each; else it is 0
     """
 
     init: Callable[..., tuple[PyTree, ...]]
     due: Callable[..., jax.Array]
     step: Callable[..., tuple[Update, tuple[PyTree, ...]]]
-    needs_whole: str = ""
+    axes: Callable[[int, int], tuple[PyTree, ...]]
     side: Side = "long"
+    stagger: bool = False
+
+    def words(self, view: View) -> list[str]:
+        return jax.tree.leaves(self.axes(view.m, view.n))
+
+    def structure(self) -> Any:
+        """Of a state, also where there is no matrix."""
+        return jax.tree.structure(self.axes(1, 1))
 
 
-def refreshed(due: jax.Array | bool, move: Callable[[], PyTree], stay: PyTree) -> PyTree:
-    """What `move` gives where a refresh is due. With a projected gradient there is no refresh."""
-    return stay if due is False else jax.lax.cond(due, move, lambda: stay)
+class Group(NamedTuple):
+    """Leaves whose matrices are one stack."""
+
+    view: View
+    dtype: jnp.dtype
+    projected: bool
+    phase: float
+    spec: jax.sharding.PartitionSpec | None  # on a mesh with explicit axes
+    role: str  # on any other
+    members: list[int]  # among the matrices of the tree
 
 
 def lift(
@@ -144,41 +166,41 @@ def lift(
         optax.scale_by_adam() if fallback is None else fallback
     )
 
-    def key_of(path):
-        return jax.random.fold_in(jax.random.key(seed), zlib.crc32(path_string(path).encode()))
-
     def init(params):
         leaves, treedef = jax.tree.flatten(params)
         views = matrix_views(params, weight_dimension_numbers, rule.side)
-        structure, letters = _state_structure(rule)
-        t = jnp.zeros([], jnp.int32)
-        states = []
+        key = jax.random.key(seed)
+        states, words = [], []
         for path, leaf, view in zip(named_leaves(params), leaves, views, strict=True):
             if view is None:
+                states.append(None)
+                words.append(None)
                 continue
             dtype = jnp.promote_types(leaf.dtype, jnp.float32)
-            one = rule.init(view.m, view.n, dtype, jax.random.fold_in(key_of(path), t))
+            key_of_leaf = jax.random.fold_in(jax.random.fold_in(key, _hash(path)), 0)
+            one = rule.init(view.m, view.n, dtype, key_of_leaf)
             one = _stacked(one, view.batch, dtype if state_dtype is None else state_dtype)
-            states.append(_layout.placed(structure.flatten_up_to(one), leaf, view, letters))
+            words.append(rule.words(view))
+            states.append(_layout.placed(jax.tree.leaves(one), leaf, view, words[-1]))
         trees = []
-        for i, word in enumerate(letters):
-            arrays = iter(states)
-            tree = treedef.unflatten(
-                [optax.MaskedNode() if view is None else next(arrays)[i] for view in views]
-            )
-            trees.append(_layout.renamed(tree, params, views, word))
+        for i in range(rule.structure().num_leaves):
+            of_leaf = lambda x, i=i: optax.MaskedNode() if x is None else x[i]
+            tree = treedef.unflatten(list(map(of_leaf, states)))
+            names = ["" if x is None else x[i] for x in words]
+            trees.append(_layout.renamed(tree, params, views, names))
         others = fallback.init(_without_matrices(treedef, leaves, views))
-        return state_type(t, *structure.unflatten(trees), others, jnp.zeros([], jnp.int32))
+        t = jnp.zeros([], jnp.int32)
+        return state_type(t, *rule.structure().unflatten(trees), others, jnp.zeros([], jnp.int32))
 
     def update(updates, state, params=None, **extra_args):
         leaves, treedef = jax.tree.flatten(updates, is_leaf=_is_projected)
         shapes = treedef.unflatten(
             [jax.ShapeDtypeStruct(x.shape, x.dtype) if _is_projected(x) else x for x in leaves]
         )
+        paths = list(named_leaves(shapes))
         views = matrix_views(shapes, weight_dimension_numbers, rule.side)
-        for path, G, view in zip(named_leaves(shapes), leaves, views, strict=True):
-            _check_projected(path, G, view, rule, params)
-        t = state.count
+        for path, G, view in zip(paths, leaves, views, strict=True):
+            _check_projected(path, G, view, params)
         without_matrices = lambda tree: _without_matrices(
             treedef, treedef.flatten_up_to(tree), views
         )
@@ -193,70 +215,131 @@ def lift(
         others = jax.tree.map(_or_zero, finite, others)
         skipped = state.skipped + sum(~ok for ok in jax.tree.leaves(finite))
 
-        structure, letters = _state_structure(rule)
-        trees = structure.flatten_up_to(tuple(state[1:-2]))
-        old_states = zip(*map(jax.tree.leaves, trees), strict=True)
-        outputs, states = treedef.flatten_up_to(others), []
-        count = sum(view is not None for view in views)
-        likes = leaves if params is None else treedef.flatten_up_to(params)
-        for i, (path, G, view) in enumerate(zip(named_leaves(shapes), leaves, views, strict=True)):
-            if view is None:
-                continue
-            place = len(states) / count
-            step = functools.partial(_step_leaf, rule, structure, view, skip_nonfinite, place)
-            step = _layout.in_auto_mode(step, likes[i] if _is_projected(G) else G, view, letters)
-            outputs[i], new_state, bad = step(G, next(old_states), t, key_of(path))
+        outputs = treedef.flatten_up_to(others)
+        trees = rule.structure().flatten_up_to(tuple(state[1:-2]))
+        columns = [jax.tree.leaves(tree) for tree in trees]
+        matrices = [i for i, view in enumerate(views) if view is not None]
+        key, precision = jax.random.key(seed), jax.config.jax_default_matmul_precision
+        of = lambda things, group: [things[matrices[k]] for k in group.members]
+        for group in _groups(rule, *([x[i] for i in matrices] for x in (paths, leaves, views))):
+            step = _group_step(rule, group, of(paths, group), skip_nonfinite, precision)
+            words, leaves_of_group = rule.words(group.view), of(leaves, group)
+            step = _layout.in_auto_mode(step, group.spec, group.view, words, len(group.members))
+            old = [[column[k] for k in group.members] for column in columns]
+            Ds, new, bad = step(leaves_of_group, old, state.count, key)
             skipped += bad
-            states.append(new_state)
-        if states:
-            trees = [
-                jax.tree.unflatten(jax.tree.structure(tree), column)
-                for tree, column in zip(trees, zip(*states, strict=True), strict=True)
-            ]
-        fields = structure.unflatten(trees)
+            for j, k in enumerate(group.members):
+                outputs[matrices[k]] = Ds[j]
+                for column, arrays in zip(columns, new, strict=True):
+                    column[k] = arrays[j]
+        trees = [
+            jax.tree.unflatten(jax.tree.structure(tree), column)
+            for tree, column in zip(trees, columns, strict=True)
+        ]
+        fields = rule.structure().unflatten(trees)
         skipped = jnp.maximum(skipped, state.skipped)  # the largest number is not passed
-        new_state = state_type(optax.safe_increment(t), *fields, fallback_state, skipped)
+        new_state = state_type(optax.safe_increment(state.count), *fields, fallback_state, skipped)
         return treedef.unflatten(outputs), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _state_structure(rule: Rule) -> tuple[Any, list[str]]:
-    """The tree of a matrix's state, also where there is no matrix; and its arrays' axes."""
-    probe = lambda m, n: rule.init(m, n, jnp.float32, jax.random.key(0))
-    return jax.tree.structure(jax.eval_shape(lambda: probe(1, 1))), _layout.along(probe)
+def _groups(rule: Rule, paths: list[Path], leaves: list[Any], views: list[View]) -> list[Group]:
+    """Leaves of one shape go together where they lie alike on any mesh.
+
+    With explicit axes their types say so. Where the compiler alone shards, leaves of one role do:
+    those whose paths are the same but for numbers of layers.
+    """
+    groups: dict[tuple, Group] = {}
+    for k, (path, G, view) in enumerate(zip(paths, leaves, views, strict=True)):
+        spec = None if _is_projected(G) else _layout.explicit_spec(G)
+        role = re.sub(r"\d+", "*", path_string(path)) if spec is None else ""
+        phase = k / len(paths) if rule.stagger else 0.0
+        traits = (view, G.dtype, _is_projected(G), phase, spec, role)
+        groups.setdefault(traits, Group(*traits, [])).members.append(k)
+    return list(groups.values())
 
 
-def _step_leaf(
-    rule: Rule, structure, view: View, skip_nonfinite: bool, place: float, G, state, t, key
-):
-    """A step of a leaf: the update, the arrays of its state, and how many matrices were skipped."""
-    dtype = jnp.promote_types(G.dtype, jnp.float32)
-    old = structure.unflatten(state)
-    if _is_projected(G):  # which is of a matrix with m >= n
-        shape = max(view.m, view.n), min(view.m, view.n)
-        matrices = dataclasses.replace(_cast(G, dtype), shape=shape)
-        matrices = matrices if view.m >= view.n else matrices.T
-    else:
-        matrices = WholeGradient(view.as_stored(G.astype(dtype)), view.wide)
-    step = functools.partial(_step_batch, rule, view, skip_nonfinite, place)
-    D, new, bad = step(matrices, _cast(old, dtype), t, key)
-    new = jax.tree.map(lambda x, o: x.astype(o.dtype), new, old)
-    return view.to_leaf(D).astype(G.dtype), jax.tree.leaves(new), jnp.sum(bad, dtype=jnp.int32)
+def _group_step(
+    rule: Rule, group: Group, paths: list[Path], skip_nonfinite: bool, precision: Any
+) -> Callable[..., tuple[list[jax.Array], list[list[jax.Array]], jax.Array]]:
+    """A step of a group: updates, new states, and how many matrices were skipped.
+
+    A matrix whose state would not be finite is skipped. A NaN or Inf anywhere in G makes it so,
+    since QᵀG and the like read all of G: a look at the small state is a look at G.
+    """
+    view = group.view
+    batches = [view.batch] * len(paths)
+    hashes = np.repeat([_hash(path) for path in paths], math.prod(view.batch))
+
+    def step(leaves, states, t, key):
+        G = (_projected if group.projected else _whole)(view, leaves, batches, precision, paths)
+        dtype = jnp.promote_types(group.dtype, jnp.float32)
+        stacks = [_cast(stack_of(arrays, axes=len(view.batch)), dtype) for arrays in states]
+        old = rule.structure().unflatten(stacks)
+        key_of = lambda path_hash: jax.random.fold_in(jax.random.fold_in(key, path_hash), t)
+        keys = lambda: jax.vmap(key_of)(hashes)
+        # Small matrices want full float32 products, which GPUs and TPUs do not give by default.
+        with jax.default_matmul_precision("highest"):
+            due = None if group.projected else rule.due(t, old, group.phase)
+            D, new = rule.step(G, old, t, due, keys)
+        good, bad = True, jnp.zeros([], jnp.int32)
+        if skip_nonfinite:
+            good = _are_finite(new)
+            new, bad = choose(good, new, old), jnp.sum(~good, dtype=jnp.int32)
+            good = good[:, None, None]
+            # Or the compiler may multiply all updates out first, and keep them till it knows.
+            D = D._replace(right=_or_zero(good, D.right))
+        outputs = [view.to_leaf(x) for x in G.updates(D, good)]
+        new_states = [
+            [x.astype(o.dtype) for x, o in zip(pieces_of(stack, batches), arrays, strict=True)]
+            for stack, arrays in zip(jax.tree.leaves(new), states, strict=True)
+        ]
+        return outputs, new_states, bad
+
+    return step
+
+
+def _whole(view: View, leaves, batches, precision, paths) -> WholeGradients:
+    stored = [view.as_stored(G) for G in leaves]
+    return WholeGradients(batches, view.wide, stored[0].dtype, precision, stored)
+
+
+def _projected(view: View, leaves, batches, precision, paths) -> ProjectedGradients:
+    """Those that are held are of matrices with m >= n."""
+    stack = lambda arrays: (
+        None if arrays[0] is None else at_least_float32(stack_of(arrays, axes=len(view.batch)))
+    )
+    left, right = stack([G.left for G in leaves]), stack([G.right for G in leaves])
+    if view.m < view.n:
+        turned = lambda x: None if x is None else x.mT
+        left, right = turned(right), turned(left)
+    where = path_string(paths[0])
+    return ProjectedGradients(
+        batches, view.wide, leaves[0].dtype, precision, left, right, (view.m, view.n), where
+    )
+
+
+def _hash(path: Path) -> np.uint32:
+    return np.uint32(zlib.crc32(path_string(path).encode()))
+
+
+def _are_finite(state: PyTree) -> jax.Array:
+    """Of which matrices a state is, (B,): 0 times NaN or Inf is NaN, and a sum is fast."""
+    floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return sum(jnp.sum(0 * x, axis=tuple(range(1, x.ndim))) for x in floats) == 0
 
 
 def _is_projected(x: Any) -> bool:
     return isinstance(x, ProjectedGradient)
 
 
-def _check_projected(path: Path, G: Any, view: Any, rule: Rule, params: PyTree) -> None:
+def _check_projected(path: Path, G: Any, view: View | None, params: PyTree) -> None:
     if not _is_projected(G):
         return
     where = f"the gradient of {path_string(path)} is projected,"
     if view is None:
         raise ValueError(f"{where} but by weight_dimension_numbers that is no matrix")
-    if rule.needs_whole:
-        raise ValueError(f"{where} but {rule.needs_whole} needs whole gradients")
     if params is None:
         raise ValueError(f"{where} and so `update` needs the parameters")
 
@@ -270,41 +353,6 @@ def _cast(tree: PyTree, dtype: Any) -> PyTree:
     return jax.tree.map(
         lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
     )
-
-
-def _step_batch(rule: Rule, view: View, skip_nonfinite: bool, place: float, G, state, t, key):
-    """A step of every matrix of a leaf, D or Dᵀ; and which were skipped, their state not finite.
-
-    A NaN or Inf anywhere in G makes it not so, since QᵀG and the like read all of G: a look at the
-    small state is a look at G. 0 times NaN or Inf is NaN; a sum is faster than a logical reduction.
-    """
-    due = lambda *state: rule.due(t, state, place)
-
-    def step(G, *old):
-        D, new = rule.step(G, old, t, any_due, lambda: jax.random.fold_in(key, t))
-        if not skip_nonfinite:
-            return D.of(G, transposed=view.wide), new, jnp.zeros([], bool)
-        good = jnp.all(jnp.stack([jnp.sum(0 * x) for x in jax.tree.leaves(new)]) == 0)
-        # Or the compiler may multiply all updates out first, and keep them till it knows.
-        D = D._replace(right=_or_zero(good, D.right)).of(G, transposed=view.wide)
-        new = jax.tree.map(lambda x, o: jnp.where(good, x, o), new, old)
-        return _or_zero(good, D), new, ~good
-
-    for _ in view.batch_axes:
-        due, step = jax.vmap(due), _for_each(step)
-    any_due = False if _is_projected(G) else jnp.any(due(*state))
-    return step(G, *state)
-
-
-def _for_each(step: Callable[..., PyTree]) -> Callable[..., PyTree]:
-    """`step` over the first axis of its arguments.
-
-    On one CPU as a loop: no slower there, while XLA (jaxlib 0.10) can stop for good in a program
-    with several batched products, all of its threads waiting for each other.
-    """
-    if jax.default_backend() == "cpu" and jax.device_count() == 1:
-        return lambda *arguments: jax.lax.map(lambda one: step(*one), arguments)
-    return jax.vmap(step)
 
 
 def _or_zero(good: jax.Array, x: jax.Array) -> jax.Array:

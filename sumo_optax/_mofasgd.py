@@ -17,9 +17,9 @@ import optax
 
 from sumo_optax import _check, _subspace
 from sumo_optax._axes import WeightDimensionNumbers
-from sumo_optax._gradient import Gradient, Update, left_product, right_product
-from sumo_optax._linalg import above_rounding, orthonormal_columns, product, svd
-from sumo_optax._matrix import PyTree, Rule, descend, lift, refreshed
+from sumo_optax._gradient import Update, WholeGradients
+from sumo_optax._linalg import above_rounding, orthonormal_columns, svd
+from sumo_optax._matrix import PyTree, Rule, descend, lift
 
 
 class MofasgdState(NamedTuple):
@@ -112,36 +112,35 @@ def scale_by_mofasgd(
         r = min(rank, n)
         return jnp.zeros((m, r), dtype), jnp.zeros(r, dtype), jnp.zeros((n, r), dtype)
 
-    def due(t, state, place):
+    def due(t, state, phase):
         _, s, _ = state
-        return ~jnp.any(s)
+        return ~jnp.any(s, axis=-1)
 
-    def step(G, state, t, due, key):
+    def step(G, state, t, due, keys):
         beta = momentum(t) if callable(momentum) else momentum
         U, s, V = state
-        begins = ~jnp.any(s)
 
         def begin():
             """The dominant subspace of G, from which a step with V = 0 makes G's rank-r SVD."""
-            U_new = _subspace.refresh(G, U, key(), "randomized_svd")
-            random = jax.random.normal(key(), V.shape, V.dtype) / V.shape[0] ** 0.5
-            started, going_on = (U_new, jnp.zeros_like(V), random), (U, V, V)
-            return jax.tree.map(lambda x, y: jnp.where(begins, x, y), started, going_on)
+            U_new = _subspace.refresh(G, U, keys(), "randomized_svd")
+            n, r = V.shape[-2:]
+            random = jax.vmap(lambda key: jax.random.normal(key, (n, r), V.dtype))(keys())
+            return U_new, jnp.zeros_like(V), random / n**0.5
 
-        U, V, spare = refreshed(due, begin, (U, V, V))
-        U, s, V = _tangent_step(G, (U, s, V), beta, spare)
+        U, V, spare = _subspace.refreshed(due, begin, (U, V, V))
+        U, s, V = _tangent_step(G, (U, s[:, None], V), beta, spare)
 
         d = jnp.where(above_rounding(s), 1.0, 0.0)
         if inverse_limit is not None:
             d *= jnp.minimum(1 / jnp.where(d > 0, s, 1), inverse_limit)
         scale = 1.0 if consistent_rms is None else consistent_rms * max(G.shape) ** 0.5
-        D = Update(U, (scale * V * d).T)
+        D = Update(U, (scale * V * d).mT)
         if complement:
             D = _with_complement(D, G, V, complement)
-        return D, (U, s, V)
+        return D, (U, s[:, 0], V)
 
     return lift(
-        Rule(init, due, step, "complement" if complement else ""),
+        Rule(init, due, step, lambda m, n: ("mr", "r", "nr")),
         MofasgdState,
         fallback=fallback,
         weight_dimension_numbers=weight_dimension_numbers,
@@ -151,16 +150,17 @@ def scale_by_mofasgd(
     )
 
 
-def _with_complement(D: Update, G: Gradient, V: jax.Array, c: float) -> Update:
+def _with_complement(D: Update, G: WholeGradients, V: jax.Array, c: float) -> Update:
     """D + c (I - UUᵀ) G (I - VVᵀ): c G, and a part of rank 2r in which G is only read."""
     U, right, _ = D
-    GU, GV = left_product(U, G), right_product(G, V)
-    beyond = GV - U @ product(U.T, GV)
-    left, right = jnp.hstack([U, beyond]), jnp.vstack([right - c * GU, -c * V.T])
-    return Update(left, right, jnp.full(V.shape[0], c, V.dtype))
+    GU, GV = G.left_product(U), G.right_product(V)
+    beyond = GV - U @ (U.mT @ GV)
+    left = jnp.concatenate([U, beyond], axis=-1)
+    right = jnp.concatenate([right - c * GU, -c * V.mT], axis=-2)
+    return Update(left, right, jnp.full_like(right[:, :1], c))
 
 
-def _tangent_step(G: Gradient, state, beta: jax.typing.ArrayLike, spare: jax.Array):
+def _tangent_step(G: WholeGradients, state, beta: jax.typing.ArrayLike, spare: jax.Array):
     """SVD_r of the projection of G on the tangent space at (U, V), plus beta M.
 
     With GV = U C + X R and GᵀU = V Cᵀ + Y S, X and Y orthonormal to U and V, the sum is
@@ -168,31 +168,33 @@ def _tangent_step(G: Gradient, state, beta: jax.typing.ArrayLike, spare: jax.Arr
     U and those of `spare` take the places left in the new U and V.
     """
     U, s, V = state
-    GV, GU = right_product(G, V), left_product(U, G).T
-    C = product(U.T, GV)
+    GV, GU = G.right_product(V), G.left_product(U).mT
+    C = U.mT @ GV
     X, R = _beyond(GV - U @ C)
-    Y, S = _beyond(GU - V @ C.T)
-    core = jnp.block([[C + beta * jnp.diag(s), S.T], [R, jnp.zeros_like(R)]])
+    Y, S = _beyond(GU - V @ C.mT)
+    I = jnp.eye(s.shape[-1], dtype=s.dtype)[None]
+    core = jnp.block([[C + beta * s * I, S.mT], [R, jnp.zeros_like(R)]])
     W, s, Z = svd(core)
-    r = U.shape[1]
-    W, s, Z = W[:, :r], s[:r], Z[:, :r]
+    r = U.shape[-1]
+    W, s, Z = W[..., :r], s[..., :r], Z[..., :r]
     found = above_rounding(s)
     return (
-        _completed(U @ W[:r] + X @ W[r:], found, U),
+        _completed(U @ W[:, :r] + X @ W[:, r:], found, U),
         s,
-        _completed(V @ Z[:r] + Y @ Z[r:], found, spare),
+        _completed(V @ Z[:, :r] + Y @ Z[:, r:], found, spare),
     )
 
 
 def _beyond(y: jax.Array) -> tuple[jax.Array, jax.Array]:
     """X, R of y = X R, X with orthonormal columns or, where y has fewer than r directions, 0."""
-    X = orthonormal_columns(y, passes=2)
-    return X, product(X.T, y)
+    X = orthonormal_columns(y)
+    return X, X.mT @ y
 
 
 def _completed(columns: jax.Array, found: jax.Array, spare: jax.Array) -> jax.Array:
     """Rounding mended; and for each column not found, what a spare one adds to the others."""
-    return orthonormal_columns(jnp.where(found, columns, spare), passes=2)
+    columns, spare = jnp.where(found, columns, 0), jnp.where(found, 0, spare)
+    return orthonormal_columns(columns + spare - columns @ (columns.mT @ spare))
 
 
 def mofasgd(

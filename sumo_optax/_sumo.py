@@ -22,9 +22,9 @@ import optax
 
 from sumo_optax import _check, _subspace
 from sumo_optax._axes import WeightDimensionNumbers
-from sumo_optax._gradient import Update, WholeGradient, left_product
+from sumo_optax._gradient import Update, WholeGradients
 from sumo_optax._linalg import PolarMethod, check_polar_method, column_norms, polar_factor
-from sumo_optax._matrix import PyTree, Rule, Side, descend, lift, refreshed
+from sumo_optax._matrix import PyTree, Rule, Side, descend, lift
 
 Residual = Literal["gradient", "scaled"] | None
 
@@ -88,7 +88,7 @@ def scale_by_sumo(
       stagger: whether each leaf moves its basis at a step of its own, evenly over the interval, so
         that after the first step no step carries them all.
       refresh_below: :math:`\varsigma` in [0, 1]: the basis also moves at the step after one with
-        :math:`\|Q^\top G\|^2 \le \varsigma \|G\|^2`. In a stack, one such matrix moves all.
+        :math:`\|Q^\top G\|^2 \le \varsigma \|G\|^2`.
       momentum: :math:`\mu`, in [0, 1).
       nesterov: whether the step looks one gradient ahead.
       residual: what is added for the part of the gradient outside the subspace,
@@ -164,29 +164,29 @@ def scale_by_sumo(
         Q = _subspace.start(m, r, dtype, key, basis)
         return Q, jnp.zeros((r, n), dtype), jnp.zeros((), dtype), jnp.ones((), dtype)
 
-    def due(t, state, place):
+    def due(t, state, phase):
         Q, _, _, captured = state
-        due = _subspace.is_due(t, Q, refresh_every, place if stagger else 0)
+        due = _subspace.is_due(t, Q, refresh_every, phase)
         return due if refresh_below is None else due | (captured <= refresh_below)
 
-    def step(G, state, t, due, key):
-        Q, M, update_norm, captured = state
+    def step(G, state, t, due, keys):
+        Q, M, last_norm, captured = state
 
         def moved(Q, M, new_basis):
             def move():
                 Q_new = new_basis()
                 return Q_new, _subspace.transport(Q_new, Q, M)
 
-            return move() if refresh_every == 1 else refreshed(due, move, (Q, M))
+            return move() if refresh_every == 1 else _subspace.refreshed(due, move, (Q, M))
 
         # Block 1: the subspace, and the moment carried into it.
         if basis != "tracking":
-            Q, M = moved(Q, M, lambda: _subspace.refresh(G, Q, key(), basis))
+            Q, M = moved(Q, M, lambda: _subspace.refresh(G, Q, keys(), basis))
 
         # Block 2: the moment, and its polar factor.
-        G_hat = left_product(Q, G)
+        G_hat = G.left_product(Q)
         if refresh_below is not None:
-            captured = _subspace.captured_energy(G.stored, G_hat)
+            captured = _subspace.captured_energy(G, G_hat)[:, 0, 0]
         M = momentum * M + G_hat
         O = polar_factor(momentum * M + G_hat if nesterov else M, method=polar)
 
@@ -195,31 +195,25 @@ def scale_by_sumo(
         if residual == "scaled":
             phi = _step_over_gradient(O, G_hat)
             # Where phi is 0 the norm may have overflown.
-            norm = jnp.linalg.norm(jnp.where(phi > 0, phi * _residual_norms(G, G_hat), 0))
-            factor, update_norm = _limited(norm, update_norm, norm_growth_limit)
-            phi = phi * factor
+            norms = jnp.where(phi > 0, phi * _residual_norms(G, G_hat), 0)
+            factor, norm = _limited(norms, last_norm, norm_growth_limit)
+            phi = factor * phi
             # s (Q O + (G - Q Ĝ) diag(phi))
             D = Update(Q, scale * (O - phi * G_hat), scale * phi)
         else:
-            norm = jnp.linalg.norm(O)
-            factor, update_norm = _limited(norm, update_norm, norm_growth_limit)
+            factor, norm = _limited(O, last_norm, norm_growth_limit)
             D = Update(Q, scale * factor * O)
             if residual == "gradient":  # s Q O + G - Q Ĝ
-                D = Update(Q, D.right - G_hat, jnp.ones_like(G_hat[0]))
+                D = Update(Q, D.right - G_hat, jnp.ones_like(G_hat[:, :1]))
 
         # Block 1 of the next step, from what this one has at hand.
         if basis == "tracking":
             Q, M = moved(Q, M, lambda: _subspace.track(G, Q, O))
-        return D, (Q, M, update_norm, captured)
+        return D, (Q, M, norm, captured)
 
-    reads_more = {
-        f"residual={residual!r}": residual is not None,
-        "refresh_below": refresh_below is not None,
-        "refresh_every=1": refresh_every == 1,
-    }
-    needs_whole = ", ".join(name for name, true in reads_more.items() if true)
+    rule = Rule(init, due, step, lambda m, n: ("mr", "rn", "", ""), side, stagger)
     return lift(
-        Rule(init, due, step, needs_whole, side),
+        rule,
         SumoState,
         fallback=fallback,
         weight_dimension_numbers=weight_dimension_numbers,
@@ -230,30 +224,33 @@ def scale_by_sumo(
 
 
 def _step_over_gradient(O: jax.Array, G_hat: jax.Array) -> jax.Array:
-    """||O_j|| / ||Ĝ_j|| for each column j: Fira's scaling, arXiv 2410.01623, section 4.2.
+    """||O_j|| / ||Ĝ_j|| for each column j, (B, 1, n): Fira's scaling, arXiv 2410.01623, section 4.2.
 
     0 where the subspace saw nothing but rounding of a column, which says nothing of its step.
     """
     step, gradient = column_norms(O), column_norms(G_hat)
-    seen = gradient > jnp.finfo(G_hat.dtype).eps * jnp.max(gradient)
+    rounding = jnp.finfo(G_hat.dtype).eps * jnp.max(gradient, axis=-1, keepdims=True)
+    seen = gradient > rounding
     return jnp.where(seen, step / jnp.where(seen, gradient, 1), 0)
 
 
-def _residual_norms(G: WholeGradient, G_hat: jax.Array) -> jax.Array:
-    """||G_j - Q Ĝ_j|| for each column j, by Pythagoras: the residual itself is never formed."""
+def _residual_norms(G: WholeGradients, G_hat: jax.Array) -> jax.Array:
+    """||G_j - Q Ĝ_j|| for each column j, (B, 1, n), by Pythagoras: the residual is never formed."""
     whole, inside = G.column_norms(scale=G_hat), column_norms(G_hat)
     outside = jnp.maximum(whole - inside, 0)  # two factors, since the squares may overflow
     return jnp.sqrt(outside) * jnp.sqrt(whole + inside)
 
 
 def _limited(
-    norm: jax.Array, last_norm: jax.Array, limit: jax.typing.ArrayLike | None
+    X: jax.Array, last_norm: jax.Array, limit: jax.typing.ArrayLike | None
 ) -> tuple[jax.Array, jax.Array]:
-    """The factor that keeps a norm at most `limit` times the last one; and the norm then."""
+    """The factor (B, 1, 1) that keeps ||X|| at most `limit` times the last norm; and the norm then."""
+    norm = jnp.linalg.norm(X, axis=(-2, -1))
     if limit is None:
-        return jnp.ones_like(norm), last_norm
+        return jnp.ones_like(norm)[:, None, None], last_norm
     allowed = jnp.where(last_norm > 0, jnp.minimum(norm, limit * last_norm), norm)
-    return jnp.where(norm > 0, allowed / jnp.where(norm > 0, norm, 1), 1), allowed
+    factor = jnp.where(norm > 0, allowed / jnp.where(norm > 0, norm, 1), 1)
+    return factor[:, None, None], allowed
 
 
 def sumo(
