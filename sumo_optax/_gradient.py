@@ -33,7 +33,7 @@ class Gradients:
     Half of a model's matrices are wider than tall: a transpose written out costs a pass over them.
     """
 
-    batches: Sequence[Batch]  # of the leaves
+    batches: Sequence[Batch]  # of the leaves, (1,) where a leaf is one matrix
     transposed: bool  # whether leaves are (*batch, n, m)
     dtype: jnp.dtype
     precision: Any  # of products m x n
@@ -117,11 +117,11 @@ class WholeGradients(Gradients):
 
     def _norms(self, scale: jax.Array, axis: Any) -> jax.Array:
         largest = largest_entry(scale)
-        norms = [
-            jnp.linalg.norm(at_least_float32(G) / unit, axis=axis, keepdims=True)
+        squares = [
+            jnp.sum((at_least_float32(G) / unit) ** 2, axis=axis, keepdims=True)
             for G, unit in zip(self.stored, pieces_of(largest, self.batches), strict=True)
         ]
-        return largest * self._stack(norms)
+        return largest * jnp.sqrt(self._stack(squares))
 
     def _plus_weighted(self, products: list[jax.Array], weights: jax.Array) -> list[jax.Array]:
         weights = pieces_of(weights.mT if self.transposed else weights, self.batches)
@@ -189,13 +189,8 @@ class ProjectedGradients(Gradients):
 
 def pieces_of(stack: jax.Array, batches: Sequence[Batch]) -> list[jax.Array]:
     """A stack (B, ...) taken apart: an array (*batch, ...) for each batch."""
-    pieces, start = [], 0
-    for batch in batches:
-        stop = start + math.prod(batch)
-        piece = jax.lax.slice_in_dim(stack, start, stop)
-        pieces.append(piece.reshape(*batch, *stack.shape[1:]))
-        start = stop
-    return pieces
+    pieces = jax.lax.split(stack, [math.prod(batch) for batch in batches])
+    return [x.reshape(*batch, *x.shape[1:]) for x, batch in zip(pieces, batches, strict=True)]
 
 
 def stack_of(arrays: Sequence[jax.Array], *, axes: int) -> jax.Array:

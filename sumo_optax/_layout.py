@@ -59,6 +59,12 @@ def explicit_spec(x: Any) -> PartitionSpec | None:
     return sharding.spec if AxisType.Explicit in sharding.mesh.axis_types else None
 
 
+def compiler_shards(x: Any) -> bool:
+    """Whether an array lies on several devices in a way that its type does not say."""
+    mesh = jax.typeof(x).sharding.mesh
+    return mesh.size > 1 and AxisType.Auto in mesh.axis_types
+
+
 def in_auto_mode(
     step: Callable[..., Any], spec: PartitionSpec | None, view: Any, words: list[str], leaves: int
 ) -> Callable[..., Any]:

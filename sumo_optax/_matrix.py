@@ -142,7 +142,7 @@ class Group(NamedTuple):
     projected: bool
     phase: float
     spec: jax.sharding.PartitionSpec | None  # on a mesh with explicit axes
-    role: str  # on any other
+    role: str  # where the compiler shards
     members: list[int]  # among the matrices of the tree
 
 
@@ -219,7 +219,7 @@ def lift(
         trees = rule.structure().flatten_up_to(tuple(state[1:-2]))
         columns = [jax.tree.leaves(tree) for tree in trees]
         matrices = [i for i, view in enumerate(views) if view is not None]
-        key, precision = jax.random.key(seed), jax.config.jax_default_matmul_precision
+        key, precision = jax.random.key(seed), jax.config.jax_default_matmul_precision or "default"
         of = lambda things, group: [things[matrices[k]] for k in group.members]
         for group in _groups(rule, *([x[i] for i in matrices] for x in (paths, leaves, views))):
             step = _group_step(rule, group, of(paths, group), skip_nonfinite, precision)
@@ -252,8 +252,9 @@ def _groups(rule: Rule, paths: list[Path], leaves: list[Any], views: list[View])
     """
     groups: dict[tuple, Group] = {}
     for k, (path, G, view) in enumerate(zip(paths, leaves, views, strict=True)):
-        spec = None if _is_projected(G) else _layout.explicit_spec(G)
-        role = re.sub(r"\d+", "*", path_string(path)) if spec is None else ""
+        [array, *_] = jax.tree.leaves(G)
+        spec = _layout.explicit_spec(array)
+        role = re.sub(r"\d+", "*", path_string(path)) if _layout.compiler_shards(array) else ""
         phase = k / len(paths) if rule.stagger else 0.0
         traits = (view, G.dtype, _is_projected(G), phase, spec, role)
         groups.setdefault(traits, Group(*traits, [])).members.append(k)
@@ -269,7 +270,7 @@ def _group_step(
     since QᵀG and the like read all of G: a look at the small state is a look at G.
     """
     view = group.view
-    batches = [view.batch] * len(paths)
+    batches = [view.batch or (1,)] * len(paths)
     hashes = np.repeat([_hash(path) for path in paths], math.prod(view.batch))
 
     def step(leaves, states, t, key):
@@ -292,8 +293,10 @@ def _group_step(
             D = D._replace(right=_or_zero(good, D.right))
         outputs = [view.to_leaf(x) for x in G.updates(D, good)]
         new_states = [
-            [x.astype(o.dtype) for x, o in zip(pieces_of(stack, batches), arrays, strict=True)]
-            for stack, arrays in zip(jax.tree.leaves(new), states, strict=True)
+            [x.reshape(o.shape).astype(o.dtype) for x, o in zip(pieces, arrays, strict=True)]
+            for pieces, arrays in zip(
+                (pieces_of(stack, batches) for stack in jax.tree.leaves(new)), states, strict=True
+            )
         ]
         return outputs, new_states, bad
 
@@ -301,7 +304,8 @@ def _group_step(
 
 
 def _whole(view: View, leaves, batches, precision, paths) -> WholeGradients:
-    stored = [view.as_stored(G) for G in leaves]
+    matrices = [view.as_stored(G) for G in leaves]
+    stored = [G.reshape(*batches[0], *G.shape[-2:]) for G in matrices]
     return WholeGradients(batches, view.wide, stored[0].dtype, precision, stored)
 
 
@@ -314,9 +318,9 @@ def _projected(view: View, leaves, batches, precision, paths) -> ProjectedGradie
     if view.m < view.n:
         turned = lambda x: None if x is None else x.mT
         left, right = turned(right), turned(left)
-    where = path_string(paths[0])
+    where, shape = path_string(paths[0]), (view.m, view.n)
     return ProjectedGradients(
-        batches, view.wide, leaves[0].dtype, precision, left, right, (view.m, view.n), where
+        batches, view.wide, leaves[0].dtype, precision, left, right, shape, where
     )
 
 
