@@ -43,18 +43,30 @@ class Gradients:
         left, right = (D.right.mT, D.left.mT) if self.transposed else (D.left, D.right)
         parts = [written_out(left.astype(self.dtype)), right.astype(self.dtype)]
         left, right = (pieces_of(x, self.batches) for x in parts)
-        products = [
-            jnp.matmul(x, y, precision=self.precision)
-            for x, y in zip(*apart(left, right), strict=True)
-        ]
+        [right] = apart(right)
+        products = [self._matmul(x, y) for x, y in zip(left, right, strict=True)]
         if D.weights is not None:
             products = self._plus_weighted(products, D.weights)
         if good is True:
             return products
         return [
-            jnp.where(keep, D, jnp.zeros_like(D))
+            jnp.where(keep, D, 0)
             for keep, D in zip(pieces_of(good, self.batches), products, strict=True)
         ]
+
+    def _matmul(
+        self, a: jax.Array, b: jax.Array, *, transposed: bool = False, dtype: Any = None
+    ) -> jax.Array:
+        """ab, or abᵀ, of arrays (*batch, ...): one operation, where `jnp.matmul` makes several."""
+        *batch, _, contracted = range(a.ndim)
+        dimensions = ((contracted,), (contracted if transposed else contracted - 1,))
+        return jax.lax.dot_general(
+            a,
+            b,
+            (dimensions, (batch, batch)),
+            precision=self.precision,
+            preferred_element_type=dtype,
+        )
 
     def _plus_weighted(self, products: list[jax.Array], weights: jax.Array) -> list[jax.Array]:
         raise NotImplementedError
@@ -106,14 +118,14 @@ class WholeGradients(Gradients):
 
     def _product(self, X: jax.Array, transposed: bool) -> jax.Array:
         """X times what the leaves hold, or its transpose; sums in float32."""
-        matmul = functools.partial(
-            jnp.matmul,
-            precision=self.precision,
-            preferred_element_type=jnp.promote_types(self.dtype, jnp.float32),
-        )
+        dtype = jnp.promote_types(self.dtype, jnp.float32)
         pieces = pieces_of(written_out(X.astype(self.dtype)), self.batches)
-        stored = [G.mT if transposed else G for G in self.stored]
-        return self._stack([matmul(x, G) for x, G in zip(pieces, stored, strict=True)])
+        return self._stack(
+            [
+                self._matmul(x, G, transposed=transposed, dtype=dtype)
+                for x, G in zip(pieces, self.stored, strict=True)
+            ]
+        )
 
     def _norms(self, scale: jax.Array, axis: Any) -> jax.Array:
         largest = largest_entry(scale)
@@ -190,13 +202,18 @@ class ProjectedGradients(Gradients):
 def pieces_of(stack: jax.Array, batches: Sequence[Batch]) -> list[jax.Array]:
     """A stack (B, ...) taken apart: an array (*batch, ...) for each batch."""
     pieces = jax.lax.split(stack, [math.prod(batch) for batch in batches])
-    return [x.reshape(*batch, *x.shape[1:]) for x, batch in zip(pieces, batches, strict=True)]
+    return [shaped(x, (*batch, *x.shape[1:])) for x, batch in zip(pieces, batches, strict=True)]
 
 
 def stack_of(arrays: Sequence[jax.Array], *, axes: int) -> jax.Array:
     """Arrays (*batch, ...), with so many batch axes, as one (B, ...)."""
-    flat = [x.reshape(math.prod(x.shape[:axes]), *x.shape[axes:]) for x in arrays]
+    flat = [shaped(x, (math.prod(x.shape[:axes]), *x.shape[axes:])) for x in arrays]
     return flat[0] if len(flat) == 1 else jnp.concatenate(flat)
+
+
+def shaped(x: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """`x` itself where it has that shape: a program of many leaves is of many reshapes."""
+    return x if x.shape == tuple(shape) else x.reshape(shape)
 
 
 def apart(*lists: list[jax.Array]) -> Any:

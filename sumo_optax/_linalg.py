@@ -1,53 +1,38 @@
-"""Array mathematics on stacks of small matrices: polar factors, orthonormal bases. Knows no optax, no trees.
+"""Array mathematics on stacks of matrices: polar factors, orthonormal bases.
 
-A stack is (B, m, n), or has any other number of axes before the two of a matrix.
+A stack is (B, m, n), one matrix m x n after the other. Knows no optax and no trees of parameters.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-
-# Odd quintics a x + b x³ + c x⁵ from coefficients.py. Three in a row take [0.07, 1] to within 0.0014
-# of 1 and multiply what is smaller by 27: any steeper, and a float32 Gram matrix is too coarse.
-_STEEP = (
-    (6.218914, -16.195419, 11.49947),
-    (2.317097, -1.68362, 0.420399),
-    (1.893016, -1.269875, 0.376993),
-)
-# Newton-Schulz of third order: an error e of a singular value becomes 5/2 e³.
-_POLISH = (15 / 8, -10 / 8, 3 / 8)
-# What is below 0.816 goes to 0, the rest to 1. After four steep triples 4 roundings are at 0.25,
-# which the quintic before it takes there.
-_SMOOTHSTEP = (0, 5 / 2, -3 / 2)
-_DROP = (
-    ((3.809688, -7.127689, 4.472581), _SMOOTHSTEP, _SMOOTHSTEP),
-    (_SMOOTHSTEP, _SMOOTHSTEP, _POLISH),
-)
-# Singular values whose squares are within this of 1 are 1 to rounding after two or three polishes.
-_NEAR = 0.15
-
 
 PolarMethod = Literal["auto", "svd", "newton_schulz"]
 
 # Muon's quintic: steep at zero, and never settling at one.
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
-# Up to this condition number the polar factor by eigenvectors is as exact as by the SVD.
-_WELL_CONDITIONED = 64
-
-
-def _highest_precision(fn):
-    """Factorisations need full float32 products, which GPUs and TPUs do not give by default."""
-
-    @functools.wraps(fn)
-    def wrapped(*args, **kwargs):
-        with jax.default_matmul_precision("highest"):
-            return fn(*args, **kwargs)
-
-    return wrapped
+# Odd quintics a x + b x³ + c x⁵ for singular values, made by benchmarks/quintics.py. Three steep ones
+# in a row take [0.07, 1.003] to within 0.0014 of 1 and multiply what is smaller by 27: steeper ones
+# ask more of a Gram matrix than float32 has.
+_STEEP = (
+    (6.218914, -16.195419, 11.49947),
+    (2.317097, -1.68362, 0.420399),
+    (1.893016, -1.269875, 0.376993),
+)
+# Newton-Schulz of third order makes an error e of a singular value 5/2 e³.
+_POLISH = (15 / 8, -10 / 8, 3 / 8)
+# [0.6, 1] comes to within 0.0101 of 1, and then to 1 but for rounding, in float64 as well.
+_LAST = ((2.426874, -2.575145, 1.156922), _POLISH, _POLISH)
+# How far the squares of singular values may be from 1 when these take over.
+_NEAR = 1 - 0.6**2
+# Smoothstep takes what is below 0.816 towards 0 and the rest to 1. Four steep triples bring 2.5
+# roundings of the largest singular value to 0.155, three polishes that to 0.816.
+_SMOOTHSTEP = (0, 5 / 2, -3 / 2)
+_DROP = ((_POLISH, _POLISH, _POLISH), (_SMOOTHSTEP, _SMOOTHSTEP, _POLISH))
 
 
 def at_least_float32(x: jax.Array) -> jax.Array:
@@ -60,10 +45,18 @@ def choose(flags: jax.Array, a: Any, b: Any) -> Any:
     return jax.tree.map(of, a, b)
 
 
+def _or_one(x: jax.Array) -> jax.Array:
+    return x + (x == 0)
+
+
+def _square(x: jax.Array) -> jax.Array:
+    """||x||² of each matrix, (..., 1, 1)."""
+    return jnp.sum(x * x, axis=(-2, -1), keepdims=True)
+
+
 def largest_entry(x: jax.Array) -> jax.Array:
     """max |x| of each matrix, (..., 1, 1), or 1 where x = 0."""
-    largest = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
-    return jnp.where(largest > 0, largest, 1)
+    return _or_one(jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True))
 
 
 def unit_scale(x: jax.Array) -> jax.Array:
@@ -71,9 +64,16 @@ def unit_scale(x: jax.Array) -> jax.Array:
     return x / largest_entry(x)
 
 
-def _at_most_one(x: jax.Array) -> jax.Array:
-    """`x` of largest entry 1 at Frobenius norm 1: no singular value is above 1; 0 stays 0."""
-    return x / jnp.maximum(jnp.linalg.norm(x, axis=(-2, -1), keepdims=True), 1)
+def frobenius_norm(x: jax.Array) -> jax.Array:
+    """||x|| of each matrix, (..., 1, 1), safe against overflow of the squares."""
+    largest = largest_entry(x)
+    return largest * _square(x / largest) ** 0.5
+
+
+def column_norms(x: jax.Array) -> jax.Array:
+    """Euclidean norms of the columns, (..., 1, n), safe against overflow of the squares."""
+    largest = _or_one(jnp.max(jnp.abs(x), axis=-2, keepdims=True))
+    return largest * jnp.sum((x / largest) ** 2, axis=-2, keepdims=True) ** 0.5
 
 
 def written_out(x: jax.Array) -> jax.Array:
@@ -81,17 +81,15 @@ def written_out(x: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
 
 
-def frobenius_norm(x: jax.Array) -> jax.Array:
-    """||x|| of each matrix, (..., 1, 1), safe against overflow of the squares."""
-    largest = largest_entry(x)
-    return largest * jnp.linalg.norm(x / largest, axis=(-2, -1), keepdims=True)
+def product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """The products of two stacks; for a TPU in blocks, which compile in a tenth of the time."""
+    in_blocks = lambda a, b: jax.lax.map(lambda pair: _in_blocks(*pair), (a, b))
+    return jax.lax.platform_dependent(a, b, tpu=in_blocks, default=jnp.matmul)
 
 
-def column_norms(x: jax.Array) -> jax.Array:
-    """Euclidean norms of the columns, (..., 1, n), safe against overflow of the squares."""
-    largest = jnp.max(jnp.abs(x), axis=-2, keepdims=True)
-    scale = jnp.where(largest > 0, largest, 1)
-    return scale * jnp.linalg.norm(x / scale, axis=-2, keepdims=True)
+def _in_blocks(a: jax.Array, b: jax.Array) -> jax.Array:
+    """ab for two matrices, 256 rows at a time."""
+    return a @ b if len(a) <= 256 else jax.lax.map(lambda row: row @ b, a, batch_size=256)
 
 
 @functools.partial(jax.jit, static_argnames="method")
@@ -108,14 +106,11 @@ def polar_factor(x: jax.Array, *, method: PolarMethod = "auto") -> jax.Array:
     Args:
       x: array of shape (..., m, n), real floating point. Anything below float32 is computed in
         float32; the scale of x does not matter.
-      method: ``"svd"`` is the definition above, and the oracle of the others. ``"reduced"``
-        first brings the short side r to an r x r core by three shifted Cholesky-QR passes, which
-        are products, and takes the SVD there: as exact, and faster where one side is long.
-        ``"auto"`` takes the eigenvectors of the Gram matrix and corrects them for its rounding
-        errors, which is as exact and twice as fast up to a condition number of 64; where x (any
-        matrix of a batch) is worse conditioned, it picks one of the two by shape.
-        ``"newton_schulz"`` is five steps of Muon's iteration, for comparison only: far from exact
-        where x is ill conditioned.
+      method: ``"svd"`` is the definition above, and the oracle of the others. ``"auto"`` is as
+        exact by products alone: odd polynomials of degree five bring all singular values to 1, in
+        6 steps up to a condition number of about 100 and in at most 20, and have to 0 what is below
+        the definition's bound. ``"newton_schulz"`` is five steps of Muon's iteration, for
+        comparison only: far from exact where x is ill conditioned.
 
     Returns:
       Array of the shape and dtype of x.
@@ -130,7 +125,8 @@ def polar_factor(x: jax.Array, *, method: PolarMethod = "auto") -> jax.Array:
 
     References:
       SUMO, `arXiv 2505.24749 <https://arxiv.org/abs/2505.24749>`_, Algorithm 1, block 2;
-      Fukaya et al., *Shifted Cholesky QR*, `arXiv 1809.11085 <https://arxiv.org/abs/1809.11085>`_.
+      Amsel et al., *The Polar Express*, `arXiv 2505.16932 <https://arxiv.org/abs/2505.16932>`_,
+      section 3.
     """
     x = jnp.asarray(x)
     check_polar_method(method)
@@ -139,10 +135,9 @@ def polar_factor(x: jax.Array, *, method: PolarMethod = "auto") -> jax.Array:
     if x.size == 0:
         return x
     wide = x.shape[-2] <= x.shape[-1]
-    y = x if wide else x.mT
+    y = at_least_float32(x if wide else x.mT)
     with jax.default_matmul_precision("highest"):
-        y = unit_scale(at_least_float32(y)).reshape(-1, *y.shape[-2:])
-        o = _POLAR[method](y).astype(x.dtype).reshape(*x.shape[:-2], *y.shape[-2:])
+        o = _POLAR[method](y.reshape(-1, *y.shape[-2:])).reshape(y.shape).astype(x.dtype)
     return o if wide else o.mT
 
 
@@ -151,132 +146,125 @@ def check_polar_method(method: str) -> None:
         raise ValueError(f"polar method must be one of {get_args(PolarMethod)}, got {method!r}")
 
 
-def _polar_by_svd(x: jax.Array) -> jax.Array:
-    u, s, vt = jnp.linalg.svd(x, full_matrices=False)
-    return (u * above_rounding(s)[..., None, :]) @ vt
+def _on_any_platform(fn: Callable[..., jax.Array], X: jax.Array) -> jax.Array:
+    """`fn` of a stack made of products alone.
 
-
-def above_rounding(s: jax.Array) -> jax.Array:
-    """Which singular values, the largest first, are not lost in rounding; NaN is to be seen."""
-    return ~(s <= 4 * jnp.finfo(s.dtype).eps * s[..., :1])
+    A GPU takes the matrices together. A CPU is faster one by one, each in as many steps as it needs,
+    and for a TPU that compiles in a tenth of the time.
+    """
+    one_by_one = lambda X: jax.lax.map(functools.partial(fn, product=_in_blocks), X)
+    return jax.lax.platform_dependent(X, cpu=one_by_one, tpu=one_by_one, default=fn)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def polar(X: jax.Array, drop: bool = True) -> jax.Array:
-    """Polar factors of a stack (B, r, n), r <= n, of any scale.
+def _polar(X: jax.Array, drop: bool = True) -> jax.Array:
+    """Polar factors of a stack (B, r, n), r <= n, of any scale, by products alone.
 
-    Directions lost in rounding give 0, or with `drop=False` a row of length 1 like the others,
-    unless they are exactly 0.
+    Directions lost in rounding give 0 or, without `drop`, rows of length 1 like the others unless
+    they are exactly 0.
     """
-    together = functools.partial(_by_products, drop=drop)
-    if X.shape[0] == 1:
-        return together(X)
-    # Batched products make a CPU stop for good now and then, and a TPU compile for long.
-    one_by_one = functools.partial(jax.lax.map, together)
-    return jax.lax.platform_dependent(X, cpu=one_by_one, tpu=one_by_one, default=together)
+    return _on_any_platform(functools.partial(_by_products, drop=drop), X)
 
 
-def _by_products(X: jax.Array, *, drop: bool) -> jax.Array:
-    """Y <- W(YYᵀ) Y with polynomials W that enlarge small singular values, until all are about 1."""
-    double = X.dtype == jnp.float64
-    triples = (_STEEP,) * (10 if double else 4) + (_DROP if drop else (_STEEP,) * 4)
-    table = jnp.asarray(np.array(triples).transpose(0, 2, 1), X.dtype)
-
-    def unfinished(carry):
-        step, _, A = carry
-        far = _norm(A - _identity(A)) > _NEAR  # False for NaN, which stays so
-        return (step < len(triples)) & jnp.any(far)
-
-    def enlarge(carry):
-        step, Y, A = carry
-        Y = _polynomial(A, table[step]) @ Y
-        return step + 1, Y, Y @ Y.mT
-
-    polish = jnp.asarray([[x] * (3 if double else 2) for x in _POLISH], X.dtype)
-    with jax.default_matmul_precision("highest"):
-        _, Y, A = jax.lax.while_loop(unfinished, enlarge, (0, *_scaled(X)))
-        return _polynomial(A, polish) @ Y
-
-
-def _polynomial(A: jax.Array, quintics: jax.Array) -> jax.Array:
-    """W such that W Y has the singular values of Y after these quintics (3, k), where A = YYᵀ."""
-    I = _identity(A)
+def _by_products(X: jax.Array, *, drop: bool, product: Callable = jnp.matmul) -> jax.Array:
+    """Y <- W Y, W a polynomial of YYᵀ that enlarges small singular values, until all are 1."""
+    enough = 10 if X.dtype == jnp.float64 else 4  # steep triples for all that is above rounding
+    triples = (_STEEP,) * enough + (_DROP if drop else (_STEEP,) * enough) + (_LAST,)
+    table = jnp.asarray(triples, X.dtype)
+    I = jnp.broadcast_to(jnp.eye(X.shape[-2], dtype=X.dtype), (*X.shape[:-1], X.shape[-2]))
 
     def quintic(carry, coefficients):
         A, W = carry
         a, b, c = coefficients
-        w = a * I + b * A + c * (A @ A)
-        return (w @ A @ w, w @ W), None
+        w = a * I + b * A + c * product(A, A)
+        return (product(product(w, A), w), product(w, W)), None
 
-    (_, W), _ = jax.lax.scan(quintic, (A, I), tuple(quintics))
-    return W
+    def enlarge(carry):
+        step, Y = carry
+        A = product(Y, Y.mT)
+        bound = jnp.where(step == 0, _or_one(_eigenvalue_bound(A)), 1)
+        A, Y = A / bound, Y / bound**0.5
+        # No is what NaN answers, which stays so: it is no matter of the other matrices.
+        far = jnp.any(_square(A - I) > _NEAR**2)
+        step = jnp.where(far, step, len(triples) - 1)
+        (_, W), _ = jax.lax.scan(quintic, (A, I), table[step])
+        return step + 1, product(W, Y)
 
-
-def _scaled(X: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """X at a norm of just below 1, and XXᵀ; 0 stays 0."""
-    Y = unit_scale(X)
-    A = Y @ Y.mT
-    trace = _or_one(jnp.trace(A, axis1=-2, axis2=-1)[..., None, None])
-    # ||A|| <= ||A⁴||_F^(1/4): at most 1.5 times the square of the norm.
-    A2 = (A / trace) @ (A / trace)
-    bound = trace * _or_one(_norm(A2 @ A2)) ** 0.25
-    return Y / bound**0.5, A / bound
-
-
-def _norm(A):
-    return jnp.linalg.norm(A, axis=(-2, -1), keepdims=True)
+    start = (jnp.zeros([], jnp.int32), unit_scale(X))
+    return jax.lax.while_loop(lambda carry: carry[0] < len(triples), enlarge, start)[1]
 
 
-def _or_one(x):
-    return jnp.where(x == 0, 1, x)
+def _eigenvalue_bound(A: jax.Array) -> jax.Array:
+    """At least the largest eigenvalue of a Gram matrix, mostly less than five times as much."""
+    return jnp.minimum(
+        _square(A) ** 0.5, jnp.max(jnp.sum(jnp.abs(A), axis=-1, keepdims=True), -2, keepdims=True)
+    )
 
 
-def _identity(A):
-    return jnp.broadcast_to(jnp.eye(A.shape[-1], dtype=A.dtype), A.shape)
-
-
-@polar.defjvp
-def _polar_jvp(drop, primals, tangents):
+@_polar.defjvp
+def _(drop: bool, primals: tuple[jax.Array], tangents: tuple[jax.Array]):
     """dO = Ω O + S⁺ dX (I - OᵀO), S = XOᵀ, ΩS + SΩ = dX Oᵀ - O dXᵀ, in the eigenvectors of S."""
     (X,), (dX,) = primals, tangents
-    O = polar(X, drop)
-    scale = _or_one(jnp.max(jnp.abs(X), axis=(-2, -1), keepdims=True))
-    with jax.default_matmul_precision("highest"):
-        s, U = jnp.linalg.eigh((X / scale) @ O.mT)
-        s, kept = s[..., None], ~(s <= 4 * jnp.finfo(s.dtype).eps * s[..., -1:])[..., None]
-        inverse = lambda s, kept: jnp.where(kept, 1 / jnp.where(kept, s, 1), 0)
-        O_, dX = U.mT @ O, U.mT @ (dX / scale)
-        C = dX @ O_.mT
-        Omega = inverse(s + s.mT, kept | kept.mT) * (C - C.mT)
-        return O, U @ (Omega @ O_ + inverse(s, kept) * (dX - C @ O_))
+    O, scale = _polar(X, drop), largest_entry(X)
+    s, U = jnp.linalg.eigh((X / scale) @ O.mT)
+    s, kept = s[..., None], above_rounding(s[..., ::-1])[..., ::-1, None]
+    inverse = lambda s, kept: jnp.where(kept, 1 / jnp.where(kept, s, 1), 0)
+    turned, dX = U.mT @ O, U.mT @ (dX / scale)
+    C = dX @ turned.mT
+    Omega = inverse(s + s.mT, kept | kept.mT) * (C - C.mT)
+    return O, U @ (Omega @ turned + inverse(s, kept) * (dX - C @ turned))
 
 
-def _newton_schulz(x: jax.Array) -> jax.Array:
+def _polar_by_svd(x: jax.Array) -> jax.Array:
+    u, s, v = svd(x)
+    return (u * above_rounding(s)) @ v.mT
+
+
+def above_rounding(s: jax.Array) -> jax.Array:
+    """Which singular values (..., k), the largest first, are not lost in rounding; NaN is not."""
+    return ~(s <= 4 * jnp.finfo(s.dtype).eps * s[..., :1])
+
+
+def _newton_schulz(x: jax.Array, product: Callable = jnp.matmul) -> jax.Array:
     a, b, c = _NEWTON_SCHULZ
-    x = _at_most_one(x)
+    x = unit_scale(x)
+    x = x / jnp.maximum(_square(x), 1) ** 0.5
     for _ in range(5):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        gram = product(x, x.mT)
+        x = a * x + product(b * gram + c * product(gram, gram), x)
     return x
 
 
 _POLAR = {
-    "auto": polar,
+    "auto": _polar,
     "svd": _polar_by_svd,
-    "newton_schulz": _newton_schulz,
+    "newton_schulz": functools.partial(_on_any_platform, _newton_schulz),
 }
 
 
-def orthonormal_columns(y: jax.Array, completion: jax.Array | None = None) -> jax.Array:
-    rows = _at_most_one(unit_scale(y.mT))
+def orthonormal_columns(Y: jax.Array, completion: jax.Array | None = None) -> jax.Array:
+    """The orthonormal basis of the columns of Y (..., m, r) that is nearest to them.
+
+    It is their polar factor. Dependent columns are completed, by a `completion` of Y's shape with
+    columns of about unit length that enters at the level of rounding; without it they are shorter.
+    """
+    r = Y.shape[-1]
+    rows = unit_scale(Y.mT)
+    rows = rows / jnp.maximum(_square(rows), 1) ** 0.5
     if completion is not None:
-        rows += (16 + rows.shape[-2] / 8) * float(jnp.finfo(rows.dtype).eps) * completion.mT
-    stack = rows.reshape(-1, *rows.shape[-2:])
-    return polar(stack, completion is None).reshape(rows.shape).mT
+        rows += (16 + r / 8) * float(jnp.finfo(rows.dtype).eps) * completion.mT
+    with jax.default_matmul_precision("highest"):
+        basis = _polar(rows.reshape(-1, *rows.shape[-2:]), completion is None)
+    return basis.reshape(rows.shape).mT
 
 
 def svd(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """U (m x k), s (1 x k) and V (n x k) of x = U diag(s) Vᵀ, k the short side; of any scale."""
+    """U (B, m, k), s (B, 1, k) and V (B, n, k) of x = U diag(s) Vᵀ, k the short side; of any scale.
+
+    One by one on a CPU, where more batched calls of LAPACK than it has threads can stop it for good
+    (jaxlib before 0.12).
+    """
+    of = functools.partial(jnp.linalg.svd, full_matrices=False)
     largest = largest_entry(x)
-    u, s, vt = jnp.linalg.svd(x / largest, full_matrices=False)
+    u, s, vt = jax.lax.platform_dependent(x / largest, cpu=lambda x: jax.lax.map(of, x), default=of)
     return u, s[..., None, :] * largest, vt.mT

@@ -30,6 +30,7 @@ from sumo_optax._gradient import (
     Update,
     WholeGradients,
     pieces_of,
+    shaped,
     stack_of,
 )
 from sumo_optax._linalg import at_least_float32, choose
@@ -79,11 +80,11 @@ class View(NamedTuple):
     def as_stored(self, leaf: jax.Array) -> jax.Array:
         """(*batch, m, n), where wide (*batch, n, m): most often the leaf as it is."""
         sides = (self.n, self.m) if self.wide else (self.m, self.n)
-        return leaf.transpose(self.stored_axes).reshape(*self.batch, *sides)
+        return shaped(leaf.transpose(self.stored_axes), (*self.batch, *sides))
 
     def to_leaf(self, stored: jax.Array) -> jax.Array:
         axes = self.stored_axes
-        permuted = stored.reshape([self.leaf_shape[a] for a in axes])
+        permuted = shaped(stored, [self.leaf_shape[a] for a in axes])
         return permuted.transpose(sorted(range(len(axes)), key=lambda i: axes[i]))
 
 
@@ -226,7 +227,11 @@ def lift(
             words, leaves_of_group = rule.words(group.view), of(leaves, group)
             step = _layout.in_auto_mode(step, group.spec, group.view, words, len(group.members))
             old = [[column[k] for k in group.members] for column in columns]
-            Ds, new, bad = step(leaves_of_group, old, state.count, key)
+            # One group after the other, since each has stacks of its own to hold.
+            old, skipped = jax.lax.optimization_barrier((old, skipped))
+            Ds, new, bad = jax.lax.optimization_barrier(
+                step(leaves_of_group, old, state.count, key)
+            )
             skipped += bad
             for j, k in enumerate(group.members):
                 outputs[matrices[k]] = Ds[j]
@@ -293,7 +298,7 @@ def _group_step(
             D = D._replace(right=_or_zero(good, D.right))
         outputs = [view.to_leaf(x) for x in G.updates(D, good)]
         new_states = [
-            [x.reshape(o.shape).astype(o.dtype) for x, o in zip(pieces, arrays, strict=True)]
+            [shaped(x, o.shape).astype(o.dtype) for x, o in zip(pieces, arrays, strict=True)]
             for pieces, arrays in zip(
                 (pieces_of(stack, batches) for stack in jax.tree.leaves(new)), states, strict=True
             )
@@ -305,7 +310,7 @@ def _group_step(
 
 def _whole(view: View, leaves, batches, precision, paths) -> WholeGradients:
     matrices = [view.as_stored(G) for G in leaves]
-    stored = [G.reshape(*batches[0], *G.shape[-2:]) for G in matrices]
+    stored = [shaped(G, (*batches[0], *G.shape[-2:])) for G in matrices]
     return WholeGradients(batches, view.wide, stored[0].dtype, precision, stored)
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from sumo_optax._gradient import WholeGradients
-from sumo_optax._linalg import choose, frobenius_norm, orthonormal_columns
+from sumo_optax._linalg import choose, frobenius_norm, orthonormal_columns, product
 
 Basis = Literal["tracking", "randomized_svd", "svd", "random"]
 
@@ -100,7 +100,7 @@ def captured_energy(G: WholeGradients, G_hat: jax.Array) -> jax.Array:
 
 def transport(Q_new: jax.Array, Q_old: jax.Array, M: jax.Array) -> jax.Array:
     """The moment M (B, r, n) in the new basis: (Q_newᵀ Q_old) M."""
-    return (Q_new.mT @ Q_old) @ M
+    return product(product(Q_new.mT, Q_old), M)
 
 
 def online_pca_gradient(
