@@ -1,0 +1,201 @@
+"""What compilers for a GPU and for TPUs make of an optimizer's step, without having either.
+
+python benchmarks/compiled.py                                            # all: the record
+python benchmarks/compiled.py --cases update_60m_h100 --optimizers sumo  # some: into the record
+python benchmarks/compiled.py --cases update_60m_h100 --optimizers sumo --no-write
+python benchmarks/compiled.py --draw                                     # tables of the record
+
+Needs the extra `compile`. Each program is compiled in a process of its own, one at a time, within
+`--limit` seconds. These are compilers' figures, not times.
+"""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import record
+import tyro
+from training_step import Model
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is compiled, and for what."""
+
+    title: str
+    target: str
+    model: Model
+    rank: int
+    update_alone: bool = False
+    """The optimizer on the gradients of all layers; otherwise a whole training step."""
+    fsdp: bool = False
+    """Parameters and batch over all devices of the target; otherwise one device."""
+    state_dtype: str | None = None
+    """Of the low-rank states."""
+    planned: tuple[str, ...] = ()
+    """Arguments of `python -m sumo_optax plan` for the same model."""
+    leave_out: tuple[str, ...] = ()
+    """Optimizers that it is not for."""
+
+
+SMALL = Model(width=512, hidden=1376, layers=8, heads=8)
+BIG = Model(width=2048, hidden=5461, layers=24, heads=32, dtype="bfloat16", stacked=True)
+BIGGEST = Model(width=4096, hidden=11008, layers=32, heads=32, dtype="bfloat16", stacked=True)
+STACKED = ("galore",)  # optax's knows no batch axes
+TWO_LAYERS = dataclasses.replace(SMALL, layers=2)
+ONE_LAYER = dataclasses.replace(BIGGEST, layers=1, dtype="float32", stacked=False)
+
+CASES = {
+    "update_60m_h100": Case(
+        "update alone of LLaMA-60M's 8 layers: 56 matrices, 16 norms; float32, rank 128, H100",
+        "h100",
+        SMALL,
+        rank=128,
+        update_alone=True,
+    ),
+    "update_60m_2_layers_h100": Case(
+        "update alone of 2 of these layers, H100", "h100", TWO_LAYERS, rank=128, update_alone=True
+    ),
+    "update_60m_v5e": Case(
+        "update alone of LLaMA-60M's 8 layers: 56 matrices, 16 norms; float32, rank 128, TPU v5e",
+        "v5e:2x2",
+        SMALL,
+        rank=128,
+        update_alone=True,
+    ),
+    "update_60m_2_layers_v5e": Case(
+        "update alone of 2 of these layers, TPU v5e", "v5e:2x2", TWO_LAYERS, rank=128, update_alone=True
+    ),
+    "update_7b_1_layer_v5e": Case(
+        "update alone of one layer of LLaMA-7B, float32, rank 1024, TPU v5e",
+        "v5e:2x2",
+        ONE_LAYER,
+        rank=1024,
+        update_alone=True,
+    ),
+    "train_1b_h100": Case(
+        "training step of LLaMA-1B, layers stacked, bfloat16, rank 512, H100",
+        "h100",
+        BIG,
+        rank=512,
+        planned=("--preset", "1b", "--rank", "512", "--dtype", "bfloat16"),
+        leave_out=STACKED,
+    ),
+    "train_7b_h100": Case(
+        "training step of LLaMA-7B, layers stacked, bfloat16, rank 1024, H100",
+        "h100",
+        BIGGEST,
+        rank=1024,
+        state_dtype="bfloat16",
+        leave_out=STACKED,
+    ),
+    "train_7b_8_layers_h100": Case(
+        "training step of 8 layers of LLaMA-7B, not stacked, bfloat16, rank 1024, H100",
+        "h100",
+        dataclasses.replace(BIGGEST, layers=8, stacked=False),
+        rank=1024,
+        state_dtype="bfloat16",
+    ),
+    "fsdp_7b_v5e": Case(
+        "training step of LLaMA-7B, layers stacked, bfloat16, rank 1024, FSDP on 64 TPU v5e",
+        "v5e:8x8",
+        dataclasses.replace(BIGGEST, length=1024),
+        rank=1024,
+        state_dtype="bfloat16",
+        fsdp=True,
+        leave_out=STACKED,
+    ),
+}
+PEERS = ("sgd", "adamw", "muon", "galore")
+OURS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sumo": ("sumo", {}),
+    "sumo, Newton-Schulz": ("sumo", {"polar": "newton_schulz"}),
+    "sumo as published": (
+        "sumo",
+        {
+            "basis": "randomized_svd",
+            "side": "long",
+            "refresh_every": 200,
+            "momentum": 0.95,
+            "nesterov": False,
+            "residual": "gradient",
+            "consistent_rms": None,
+        },
+    ),
+    "online_subspace_descent": ("online_subspace_descent", {}),
+    "mofasgd": ("mofasgd", {}),
+}
+OPTIMIZERS = (*PEERS, *OURS)
+PLANNED = {
+    "adamw": "AdamW",
+    "muon": "Muon",
+    "sumo": "SUMO",
+    "online_subspace_descent": "Online Subspace Descent",
+    "mofasgd": "MoFaSGD",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Compiles the step of every optimizer in every case."""
+
+    cases: tuple[str, ...] = tuple(CASES)
+    """Which of them."""
+    optimizers: tuple[str, ...] = OPTIMIZERS
+    """Which of them; SGD and AdamW, to which the others are compared, always."""
+    limit: int = 150
+    """Seconds for a program; one that is not done by then is a row that says so."""
+    write: bool = True
+    """Put the rows into the record, in place of what it has of them; otherwise print them."""
+    draw: bool = False
+    """Compile nothing: the tables of what is recorded."""
+    keep: Path | None = None
+    """A folder for the text of the compiled programs."""
+
+
+def run(case: str, optimizer: str, limit: int, keep: Path | None = None) -> dict[str, Any]:
+    """A row of the record, from a process of its own."""
+    named = {"case": case, "optimizer": optimizer}
+    argv = [sys.executable, str(Path(__file__).with_name("compile_one.py")), case, optimizer]
+    if keep:
+        argv.append(str(keep))
+    # A killed TPU compiler leaves its lock file, which the next one waits for: each its own folder.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        child = subprocess.Popen(
+            argv,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"TMPDIR": folder},
+            start_new_session=True,
+        )
+        try:
+            out, errors = child.communicate(timeout=limit)
+        except subprocess.TimeoutExpired:
+            return named | {"outcome": f"not compiled after {limit} s"}
+        finally:
+            if child.poll() is None:
+                os.killpg(child.pid, signal.SIGKILL)  # with the assembler it may have started
+                child.wait()
+    if child.returncode:
+        last = errors.strip().splitlines()[-1:] or [f"exit code {child.returncode}"]
+        return named | {"outcome": f"fails: {last[0][:200]}"}
+    return named | {"outcome": "compiled"} | json.loads(out.splitlines()[-1])
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = tyro.cli(Config, args=argv)
+    for case in config.cases:
+        for optimizer in config.optimizers:
+            if optimizer not in CASES[case].leave_out:
+                print(json.dumps(run(case, optimizer, config.limit, config.keep)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
