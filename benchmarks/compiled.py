@@ -6,12 +6,14 @@ python benchmarks/compiled.py --cases update_60m_h100 --optimizers sumo --no-wri
 python benchmarks/compiled.py --draw                                     # tables of the record
 
 Needs the extra `compile`. Each program is compiled in a process of its own, one at a time, within
-`--limit` seconds. These are compilers' figures, not times.
+`--limit` seconds of processor time. These are compilers' figures, not times.
 """
 
 import dataclasses
+import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -132,6 +134,8 @@ OURS: dict[str, tuple[str, dict[str, Any]]] = {
     "mofasgd": ("mofasgd", {}),
 }
 OPTIMIZERS = (*PEERS, *OURS)
+PACKAGES = ("libtpu", "jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12")
+NO_TARGET = "no target"
 PLANNED = {
     "adamw": "AdamW",
     "muon": "Muon",
@@ -148,9 +152,9 @@ class Config:
     cases: tuple[str, ...] = tuple(CASES)
     """Which of them."""
     optimizers: tuple[str, ...] = OPTIMIZERS
-    """Which of them; SGD and AdamW, to which the others are compared, always."""
+    """Which of them."""
     limit: int = 150
-    """Seconds for a program; one that is not done by then is a row that says so."""
+    """Processor seconds for a program; one that is not done by then is a row that says so."""
     write: bool = True
     """Put the rows into the record, in place of what it has of them; otherwise print them."""
     draw: bool = False
@@ -159,42 +163,80 @@ class Config:
     """A folder for the text of the compiled programs."""
 
 
-def run(case: str, optimizer: str, limit: int, keep: Path | None = None) -> dict[str, Any]:
+def run(case: str, optimizer: str, config: Config) -> dict[str, Any]:
     """A row of the record, from a process of its own."""
-    named = {"case": case, "optimizer": optimizer}
+    row = {"case": case, "optimizer": optimizer, "target": CASES[case].target}
     argv = [sys.executable, str(Path(__file__).with_name("compile_one.py")), case, optimizer]
-    if keep:
-        argv.append(str(keep))
+    argv += ["--limit", str(config.limit)] + (["--keep", str(config.keep)] if config.keep else [])
     # A killed TPU compiler leaves its lock file, which the next one waits for: each its own folder.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        child = subprocess.Popen(
-            argv,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"TMPDIR": folder},
-            start_new_session=True,
-        )
-        try:
-            out, errors = child.communicate(timeout=limit)
-        except subprocess.TimeoutExpired:
-            return named | {"outcome": f"not compiled after {limit} s"}
-        finally:
-            if child.poll() is None:
-                os.killpg(child.pid, signal.SIGKILL)  # with the assembler it may have started
-                child.wait()
-    if child.returncode:
-        last = errors.strip().splitlines()[-1:] or [f"exit code {child.returncode}"]
-        return named | {"outcome": f"fails: {last[0][:200]}"}
-    return named | {"outcome": "compiled"} | json.loads(out.splitlines()[-1])
+        environment = os.environ | {"TMPDIR": folder}
+        done = subprocess.run(argv, capture_output=True, text=True, env=environment)
+    if done.returncode == 0:
+        return row | {"outcome": "compiled"} | json.loads(done.stdout.splitlines()[-1])
+    if done.returncode == -signal.SIGXCPU:
+        return row | {"outcome": f"not compiled after {config.limit} s"}
+    return row | {"outcome": failure(done.stderr)}
+
+
+def failure(errors: str) -> str:
+    """Why a program was not compiled, in a line; too large a one is a result."""
+    last = (errors.strip().splitlines() or ["no message"])[-1]
+    if needed := re.search(r"memory.*?\(([\d.]+)G\) exceeds.*?\(([\d.]+)G\)", last):
+        return "refused: temporaries of {} GiB, a device has {}".format(*needed.groups())
+    return f"fails: {last[:200]}"
+
+
+def recorded(name: str = "compiled") -> list[dict[str, Any]]:
+    path = record.RESULTS / f"{name}.json"
+    return json.loads(path.read_text())["rows"] if path.exists() else []
+
+
+def add(row: dict[str, Any]) -> None:
+    """Puts a row into the record, in the order of the tables."""
+    key = lambda row: (row["case"], row["optimizer"])
+    rows = {key(x): x for x in [*recorded(), row]}
+    order = list(itertools.product(CASES, OPTIMIZERS))
+    kept = compared([rows[x] for x in order if x in rows])
+    record.write("compiled", kept, arguments=(), packages=PACKAGES)
+
+
+def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows, each with its ratios to AdamW and SGD in the same case."""
+    of = {(row["case"], row["optimizer"]): row for row in rows}
+
+    def ratios(row, peer):
+        other = of.get((row["case"], peer), {})
+        return {
+            key: round(row[key] / other[key], 3)
+            for key in ("peak_bytes", "temporary_bytes", "program_bytes", "kernels", "compile_s")
+            if row.get(key) is not None and other.get(key)
+        }
+
+    return [row | {f"over_{peer}": ratios(row, peer) for peer in ("adamw", "sgd")} for row in rows]
 
 
 def main(argv: list[str] | None = None) -> None:
     config = tyro.cli(Config, args=argv)
-    for case in config.cases:
-        for optimizer in config.optimizers:
-            if optimizer not in CASES[case].leave_out:
-                print(json.dumps(run(case, optimizer, config.limit, config.keep)), flush=True)
+    if config.draw:
+        print(table(recorded()))
+        return
+    for name in (*config.cases, *config.optimizers):
+        if name not in (*CASES, *OPTIMIZERS):
+            raise SystemExit(f"error: {name!r} is none of {', '.join((*CASES, *OPTIMIZERS))}")
+    absent: dict[str, str] = {}
+    for case, name in itertools.product(config.cases, config.optimizers):
+        target = CASES[case].target
+        if name in CASES[case].leave_out or target in absent:
+            continue
+        row = run(case, name, config)
+        print(json.dumps(row), flush=True)
+        if NO_TARGET in row["outcome"]:
+            absent[target] = row["outcome"]
+        elif config.write:
+            add(row)
+    for target, why in absent.items():
+        print(f"skipped: {target}, {why}", file=sys.stderr)
 
 
 if __name__ == "__main__":
