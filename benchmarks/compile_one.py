@@ -23,6 +23,7 @@ import tyro
 from compiled import CASES, NO_TARGET, OURS, PLANNED, Case
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from optax.contrib import MuonDimensionNumbers
 
 import sumo_optax
 
@@ -44,29 +45,11 @@ def optimizer(name: str, case: Case) -> optax.GradientTransformation:
 
 
 def galore_numbers(params: Any) -> Any:
-    """optax's GaLore has a type of its own for them, and a matrix for each leaf."""
+    """optax's GaLore has a type of its own for the same."""
     return jax.tree.map(
-        lambda spec: optax.contrib.GaLoreDimensionNumbers(
-            spec.reduction_axis[0], spec.output_axis[0]
-        ),
+        lambda spec: optax.contrib.GaLoreDimensionNumbers(*spec),
         training_step.projections(params),
-    )
-
-
-def state(tx: optax.GradientTransformation, params: Any, mesh: Mesh) -> Any:
-    """Shapes of the optimizer's state, laid out as `state_shardings` says."""
-    where = jax.tree.map(lambda x: x.sharding, params)
-    placed = sumo_optax.state_shardings(tx, params, where)
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        jax.eval_shape(tx.init, params),
-        placed,
-    )
-
-
-def bytes_on_a_device(tree: Any) -> int:
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+        is_leaf=lambda x: isinstance(x, MuonDimensionNumbers),
     )
 
 
@@ -75,43 +58,66 @@ def clock() -> float:
     return sum(os.times()[:4])
 
 
-def compile_step(case: Case, tx: optax.GradientTransformation) -> tuple[Any, dict[str, Any]]:
-    """The compiled step, and what was seen on the way to it."""
+def shapes(tx: optax.GradientTransformation, case: Case) -> tuple[Any, Any, Mesh]:
+    """Those of parameters and state, laid out as the case and `state_shardings` say."""
     mesh = targets.mesh(case.target, None if case.fsdp else 1)
-    model = case.model
-    params = training_step.parameters(model, mesh, sharded=case.fsdp)
-    everywhere, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P("x"))
+    params = training_step.parameters(case.model, mesh, sharded=case.fsdp)
     if case.update_alone:
         params = params["layers"]
+    placed = sumo_optax.state_shardings(tx, params, jax.tree.map(lambda x: x.sharding, params))
+    state = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        jax.eval_shape(tx.init, params),
+        placed,
+    )
+    return params, state, mesh
+
+
+def state_bytes(tx: optax.GradientTransformation, case: Case) -> tuple[int, int]:
+    """Of the whole state, and what a device holds of it."""
+    arrays = jax.tree.leaves(shapes(tx, case)[1])
+    held = lambda shape_of: sum(math.prod(shape_of(x)) * x.dtype.itemsize for x in arrays)
+    return held(lambda x: x.shape), held(lambda x: x.sharding.shard_shape(x.shape))
+
+
+def figures(
+    case: Case, tx: optax.GradientTransformation, keep: Path | None = None
+) -> dict[str, Any]:
+    """Of the compiled step; its text is written to `keep`."""
+    params, state, mesh = shapes(tx, case)
+    everywhere, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P("x"))
+    if case.update_alone:
         step, third = training_step.update_step(tx), params
     else:
-        step = training_step.train_step(model, tx, rows if case.fsdp else None)
-        third = jax.ShapeDtypeStruct((mesh.size, model.length + 1), "int32", sharding=rows)
-    held = state(tx, params, mesh)
-    shardings = jax.tree.map(lambda x: x.sharding, (params, held))
+        step = training_step.train_step(case.model, tx, rows if case.fsdp else None)
+        third = jax.ShapeDtypeStruct((mesh.size, case.model.length + 1), "int32", sharding=rows)
+    shardings = jax.tree.map(lambda x: x.sharding, (params, state))
     jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=(*shardings, everywhere))
     begun = clock()
-    traced = jitted.trace(params, held, third)
+    traced = jitted.trace(params, state, third)
     lowered = traced.lower(lowering_platforms=(targets.platform(case.target),))
     between = clock()
     compiled = lowered.compile()
-    return compiled, {
+    seconds = {"trace_s": between - begun, "compile_s": clock() - between}
+    if keep:
+        keep.write_text(compiled.as_text() or "")
+    return {
         "devices": mesh.size,
-        "trace_s": round(between - begun, 1),
-        "compile_s": round(clock() - between, 1),
+        **{name: round(x, 1) for name, x in seconds.items()},
         "equations": program.equations(traced.jaxpr.jaxpr),
-        "state_bytes": bytes_on_a_device(held),
+        "state_bytes": state_bytes(tx, case)[1],
+        **program.figures(compiled),
     }
 
 
-def planned_bytes(case: Case, name: str) -> int | None:
-    """Parameters and state as the planner foretells them."""
+def planned(case: Case, name: str) -> dict[str, int]:
+    """Bytes of parameters and state as the planner foretells them, where it can."""
     if not case.planned or name not in PLANNED:
-        return None
+        return {}
     argv = [sys.executable, "-m", "sumo_optax", "plan", *case.planned, "--json"]
     plan = json.loads(subprocess.run(argv, check=True, capture_output=True, text=True).stdout)
     (row,) = (row for row in plan["rows"] if row["optimizer"] == PLANNED[name])
-    return row["parameters"] + row["state"]
+    return {"planned_bytes": row["parameters"] + row["state"]}
 
 
 def main(
@@ -131,12 +137,10 @@ def main(
     resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 10))
     if why := targets.missing(CASES[case].target):
         raise SystemExit(f"{NO_TARGET}: {why}")
-    compiled, seen = compile_step(CASES[case], optimizer(name, CASES[case]))
-    if keep:
-        (keep / f"{case}-{name}.hlo").write_text(compiled.as_text() or "")
-    planned = planned_bytes(CASES[case], name)
-    extra = {} if planned is None else {"planned_bytes": planned}
-    print(json.dumps(seen | program.figures(compiled) | extra))
+    found = figures(
+        CASES[case], optimizer(name, CASES[case]), keep and keep / f"{case}, {name}.hlo"
+    )
+    print(json.dumps(found | planned(CASES[case], name)))
 
 
 if __name__ == "__main__":

@@ -12,12 +12,10 @@ Needs the extra `compile`. Each program is compiled in a process of its own, one
 import dataclasses
 import itertools
 import json
-import os
 import re
 import signal
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +70,11 @@ CASES = {
         update_alone=True,
     ),
     "update_60m_2_layers_v5e": Case(
-        "update alone of 2 of these layers, TPU v5e", "v5e:2x2", TWO_LAYERS, rank=128, update_alone=True
+        "update alone of 2 of these layers, TPU v5e",
+        "v5e:2x2",
+        TWO_LAYERS,
+        rank=128,
+        update_alone=True,
     ),
     "update_7b_1_layer_v5e": Case(
         "update alone of one layer of LLaMA-7B, float32, rank 1024, TPU v5e",
@@ -136,6 +138,8 @@ OURS: dict[str, tuple[str, dict[str, Any]]] = {
 OPTIMIZERS = (*PEERS, *OURS)
 PACKAGES = ("libtpu", "jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12")
 NO_TARGET = "no target"
+MIB = 2**20
+TPU_FACTORISATIONS = ("Cholesky", "EighTpu", "QrDecompositionBlock")
 PLANNED = {
     "adamw": "AdamW",
     "muon": "Muon",
@@ -168,10 +172,7 @@ def run(case: str, optimizer: str, config: Config) -> dict[str, Any]:
     row = {"case": case, "optimizer": optimizer, "target": CASES[case].target}
     argv = [sys.executable, str(Path(__file__).with_name("compile_one.py")), case, optimizer]
     argv += ["--limit", str(config.limit)] + (["--keep", str(config.keep)] if config.keep else [])
-    # A killed TPU compiler leaves its lock file, which the next one waits for: each its own folder.
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        environment = os.environ | {"TMPDIR": folder}
-        done = subprocess.run(argv, capture_output=True, text=True, env=environment)
+    done = subprocess.run(argv, capture_output=True, text=True)
     if done.returncode == 0:
         return row | {"outcome": "compiled"} | json.loads(done.stdout.splitlines()[-1])
     if done.returncode == -signal.SIGXCPU:
@@ -181,7 +182,8 @@ def run(case: str, optimizer: str, config: Config) -> dict[str, Any]:
 
 def failure(errors: str) -> str:
     """Why a program was not compiled, in a line; too large a one is a result."""
-    last = (errors.strip().splitlines() or ["no message"])[-1]
+    named = re.findall(r"^(?:\w+\.)*\w+(?:Error|Exception|Exit)?: .*", errors, re.MULTILINE)
+    last = (named or errors.strip().splitlines() or ["no message"])[-1]
     if needed := re.search(r"memory.*?\(([\d.]+)G\) exceeds.*?\(([\d.]+)G\)", last):
         return "refused: temporaries of {} GiB, a device has {}".format(*needed.groups())
     return f"fails: {last[:200]}"
@@ -210,10 +212,61 @@ def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return {
             key: round(row[key] / other[key], 3)
             for key in ("peak_bytes", "temporary_bytes", "program_bytes", "kernels", "compile_s")
-            if row.get(key) is not None and other.get(key)
+            # Over next to nothing a ratio says nothing.
+            if row.get(key) is not None and other.get(key, 0) > (MIB if "bytes" in key else 0)
         }
 
     return [row | {f"over_{peer}": ratios(row, peer) for peer in ("adamw", "sgd")} for row in rows]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """A table for each case; what is nothing for every optimizer has no column."""
+    tables = []
+    for name, case in CASES.items():
+        lines = [line(row) for row in rows if row["case"] == name]
+        if lines:
+            columns = {c: f"{{{c}}}" for c in lines[0] if any(x[c] for x in lines)}
+            tables.append(f"**{case.title[0].upper()}{case.title[1:]}**\n")
+            tables.append(record.table(lines, columns) + "\n")
+    return "\n".join(tables)
+
+
+def line(row: dict[str, Any]) -> dict[str, str]:
+    """A row as it is read; of a program that was not compiled, why."""
+    size = lambda key: f"{row[key] / MIB:,.0f}" if row.get(key) else ""
+    number = lambda key: f"{row[key]:,}" if row.get(key) else ""
+    of = lambda peer, key: f" ({x:,.2f})" if (x := row.get(f"over_{peer}", {}).get(key)) else ""
+    libraries = {
+        re.sub("^cusolver_|_ffi$|^__cublas\\$", "", name): count
+        for name, count in row.get("library_calls", {}).items()
+        if "cusolver" in name or "riangular" in name or name in TPU_FACTORISATIONS
+    }
+    sent = row.get("collectives", {})
+    return {
+        "optimizer": row["optimizer"],
+        "peak, MiB (over AdamW's)": size("peak_bytes") + of("adamw", "peak_bytes")
+        or row["outcome"],
+        "temporaries, MiB (over SGD's)": size("temporary_bytes") + of("sgd", "temporary_bytes")
+        if row.get("temporary_bytes", 0) >= MIB
+        else "",
+        "state, MiB": size("state_bytes"),
+        "arguments / planned": f"{row['argument_bytes'] / row['planned_bytes']:.3f}"
+        if "planned_bytes" in row
+        else "",
+        "program, MiB (over AdamW's)": size("program_bytes") + of("adamw", "program_bytes"),
+        "kernels (over AdamW's)": number("kernels") + of("adamw", "kernels"),
+        "of them in every step": number("ordinary_kernels"),
+        "conditionals": number("conditionals"),
+        "loops": number("loops"),
+        "factorisations in every step": ", ".join(row.get("factorisations", ())),
+        "calls of factorisations": ", ".join(f"{n} {name}" for name, n in libraries.items()),
+        "collectives, MiB": ", ".join(f"{n / MIB:,.0f} {kind}" for kind, n in sent.items()),
+        "equations": number("equations"),
+        "tracing, s": f"{row['trace_s']:.1f}" if "trace_s" in row else "",
+        "compilation, s (over AdamW's)": f"{row['compile_s']:.1f}{of('adamw', 'compile_s')}"
+        if "compile_s" in row
+        else "",
+    }
 
 
 def main(argv: list[str] | None = None) -> None:

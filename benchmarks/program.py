@@ -13,7 +13,7 @@ COLLECTIVE = re.compile(
     r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
 )
 BRANCHES = re.compile(r"(?:branch_computations=\{([^}]*)\}|(?:true|false)_computation=(%[\w.\-]+))")
-FACTORISATIONS = ("eigh", "svd", "qr", "geqrf", "householder_product", "cholesky", "lu", "schur")
+FACTORISATIONS = ("cholesky", "eigh", "lu", "qr", "geqrf", "svd")
 
 
 def figures(compiled: jax.stages.Compiled) -> dict[str, Any]:
@@ -49,9 +49,9 @@ def kernels(text: str) -> int:
 
 
 def factorisations(text: str) -> list[str]:
-    """Names of JAX's factorisations that instructions come from; triangular solves are none."""
-    traced = {part for name in re.findall(r'op_name="([^"]*)"', text) for part in name.split("/")}
-    return sorted(traced & set(FACTORISATIONS))
+    """Names of JAX's factorisations that instructions were traced from."""
+    names = " ".join(re.findall(r'op_name="([^"]*)"', text))
+    return sorted(set(re.findall(r"\w+", names)) & set(FACTORISATIONS))
 
 
 def instructions(text: str) -> dict[str, list[str]]:

@@ -7,15 +7,16 @@ import os
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # the plugins compile; none of them has a device to run on
+os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # or a lock in /tmp, which a killed process leaves
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
 # Autotuning runs candidates on the device.
 os.environ["XLA_FLAGS"] = "--xla_gpu_autotune_level=0"
 
-import numpy as np  # noqa: E402
-from jax.experimental import topologies  # noqa: E402
-from jax.sharding import Mesh  # noqa: E402
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh
 
 DESCRIPTION = Path(__file__).parent / "h100.txtpb"
 
