@@ -136,6 +136,8 @@ OURS: dict[str, tuple[str, dict[str, Any]]] = {
     "mofasgd": ("mofasgd", {}),
 }
 OPTIMIZERS = (*PEERS, *OURS)
+# Of the code before matrices were stacked, kept for comparison.
+BEFORE = ("sumo, before",)
 PACKAGES = ("libtpu", "jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12")
 NO_TARGET = "no target"
 MIB = 2**20
@@ -198,9 +200,26 @@ def add(row: dict[str, Any]) -> None:
     """Puts a row into the record, in the order of the tables."""
     key = lambda row: (row["case"], row["optimizer"])
     rows = {key(x): x for x in [*recorded(), row]}
-    order = list(itertools.product(CASES, OPTIMIZERS))
+    order = itertools.product(CASES, (*OPTIMIZERS, *BEFORE))
     kept = compared([rows[x] for x in order if x in rows])
     record.write("compiled", kept, arguments=(), packages=PACKAGES)
+
+
+def refuse_a_mixture() -> None:
+    """A record's rows are of one set of versions."""
+    path = record.RESULTS / "compiled.json"
+    if path.exists():
+        versions = json.loads(path.read_text())["versions"]
+        here = record.versions((*record.PACKAGES, *PACKAGES))
+        differ = [
+            f"{name} {versions[name]}"
+            for name in ("jax", *PACKAGES)
+            if name in versions and versions[name] != here.get(name)
+        ]
+        if differ:
+            raise SystemExit(
+                f"error: {path} was made with {', '.join(differ)}: remove it, or write nothing"
+            )
 
 
 def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -277,6 +296,8 @@ def main(argv: list[str] | None = None) -> None:
     for name in (*config.cases, *config.optimizers):
         if name not in (*CASES, *OPTIMIZERS):
             raise SystemExit(f"error: {name!r} is none of {', '.join((*CASES, *OPTIMIZERS))}")
+    if config.write:
+        refuse_a_mixture()
     absent: dict[str, str] = {}
     for case, name in itertools.product(config.cases, config.optimizers):
         target = CASES[case].target

@@ -241,3 +241,50 @@ def test_faults_are_survived(tmp_path, monkeypatch):
     assert row["kills"] == 2 and row["runs"] >= 1
     assert row["parameters_compared"] > 0
     assert row["runs_lost"] == row["checkpoints_lost"] == row["parameters_differing"] == 0
+
+
+def test_compiled_programs_are_compared(tmp_path, monkeypatch):
+    """Rows join the record in place of older ones; what is not compiled says so in the table."""
+    import compiled
+    import record
+
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    figures = {
+        "outcome": "compiled",
+        "peak_bytes": 2**31,
+        "temporary_bytes": 2**30,
+        "kernels": 10,
+        "library_calls": {"cusolver_syevd_ffi": 2},
+        "compile_s": 2.0,
+    }
+    row = {"case": "train_1b_h100", "optimizer": "sumo", "planned_bytes": 10, "argument_bytes": 11}
+    compiled.add(row | figures | {"compile_s": 50.0})
+    for name in ("adamw", "sgd"):
+        compiled.add({"case": "train_1b_h100", "optimizer": name} | figures)
+    compiled.add(row | figures | {"temporary_bytes": 3 * 2**30, "compile_s": 9.0})
+    killed = {"case": "train_1b_h100", "optimizer": "mofasgd"}
+    compiled.add(killed | {"outcome": "not compiled after 5 s"})
+    rows = {x["optimizer"]: x for x in compiled.recorded()}
+    assert list(rows) == ["sgd", "adamw", "sumo", "mofasgd"]
+    assert rows["sumo"]["over_sgd"]["temporary_bytes"] == 3
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        compiled.main(["--draw"])
+    assert "**Training step of LLaMA-1B" in out.getvalue() and "FSDP" not in out.getvalue()
+    (sumo,) = (x for x in out.getvalue().splitlines() if x.startswith("| sumo |"))
+    cells = ["2,048 (1.00)", "3,072 (3.00)", "1.100", "10 (1.00)", "2 syevd", "9.0 (4.50)"]
+    assert [cell for cell in sumo.strip("| ").split(" | ")[1:] if cell.strip()] == cells
+    assert "| mofasgd | not compiled after 5 s |" in out.getvalue()
+    with pytest.raises(SystemExit, match="'lamb' is none of"):
+        compiled.main(["--optimizers", "lamb"])
+
+
+def test_compiled_programs_fail_in_words():
+    import compiled
+
+    large = (
+        "Traceback ...\njax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED: Ran out of memory on HBM, the"
+        " total memory required for HLO temporaries (17.23G) exceeds available HBM (15.75G)."
+    )
+    assert compiled.failure(large) == "refused: temporaries of 17.23 GiB, a device has 15.75"
+    wrong = "Traceback\nValueError: no\n----\nFor simplicity, JAX has removed its frames"
+    assert compiled.failure(wrong) == "fails: ValueError: no"
