@@ -20,7 +20,7 @@ test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 -m slow
 
 test-compiled: $(COMPILERS)
-	.venv-compile/bin/python -m pytest -n 2 -rs tests/compiled
+	.venv-compile/bin/python -m pytest -n 2 --dist loadgroup -rs tests/compiled
 
 compiled: $(COMPILERS)
 	.venv-compile/bin/python benchmarks/compiled.py

@@ -191,15 +191,16 @@ def failure(errors: str) -> str:
     return f"fails: {last[:200]}"
 
 
-def recorded(name: str = "compiled") -> list[dict[str, Any]]:
-    path = record.RESULTS / f"{name}.json"
+def summarize() -> list[dict[str, Any]]:
+    """The rows of the record, none where there is none."""
+    path = record.RESULTS / "compiled.json"
     return json.loads(path.read_text())["rows"] if path.exists() else []
 
 
 def add(row: dict[str, Any]) -> None:
     """Puts a row into the record, in the order of the tables."""
     key = lambda row: (row["case"], row["optimizer"])
-    rows = {key(x): x for x in [*recorded(), row]}
+    rows = {key(x): x for x in [*summarize(), row]}
     order = itertools.product(CASES, (*OPTIMIZERS, *BEFORE))
     kept = compared([rows[x] for x in order if x in rows])
     record.write("compiled", kept, arguments=(), packages=PACKAGES)
@@ -291,7 +292,7 @@ def line(row: dict[str, Any]) -> dict[str, str]:
 def main(argv: list[str] | None = None) -> None:
     config = tyro.cli(Config, args=argv)
     if config.draw:
-        print(table(recorded()))
+        print(table(summarize()))
         return
     for name in (*config.cases, *config.optimizers):
         if name not in (*CASES, *OPTIMIZERS):

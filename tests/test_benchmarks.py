@@ -264,7 +264,7 @@ def test_compiled_programs_are_compared(tmp_path, monkeypatch):
     compiled.add(row | figures | {"temporary_bytes": 3 * 2**30, "compile_s": 9.0})
     killed = {"case": "train_1b_h100", "optimizer": "mofasgd"}
     compiled.add(killed | {"outcome": "not compiled after 5 s"})
-    rows = {x["optimizer"]: x for x in compiled.recorded()}
+    rows = {x["optimizer"]: x for x in compiled.summarize()}
     assert list(rows) == ["sgd", "adamw", "sumo", "mofasgd"]
     assert rows["sumo"]["over_sgd"]["temporary_bytes"] == 3
     with contextlib.redirect_stdout(io.StringIO()) as out:
@@ -282,7 +282,7 @@ def test_compiled_programs_fail_in_words():
     import compiled
 
     large = (
-        "Traceback ...\njax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED: Ran out of memory on HBM, the"
+        "Traceback\njax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED: Ran out of memory on HBM, the"
         " total memory required for HLO temporaries (17.23G) exceeds available HBM (15.75G)."
     )
     assert compiled.failure(large) == "refused: temporaries of 17.23 GiB, a device has 15.75"
