@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import record
 import tyro
 from training_step import Model
@@ -184,8 +185,10 @@ def run(case: str, optimizer: str, config: Config) -> dict[str, Any]:
 
 def failure(errors: str) -> str:
     """Why a program was not compiled, in a line; too large a one is a result."""
-    named = re.findall(r"^(?:\w+\.)*\w+(?:Error|Exception|Exit)?: .*", errors, re.MULTILINE)
+    named = re.findall(r"^(?:\w+\.)*\w+Error: .*", errors, re.MULTILINE)
     last = (named or errors.strip().splitlines() or ["no message"])[-1]
+    if no_target := re.search(f"^{NO_TARGET}: .*", errors, re.MULTILINE):
+        return no_target[0]
     if needed := re.search(r"memory.*?\(([\d.]+)G\) exceeds.*?\(([\d.]+)G\)", last):
         return "refused: temporaries of {} GiB, a device has {}".format(*needed.groups())
     return f"fails: {last[:200]}"
@@ -291,6 +294,7 @@ def line(row: dict[str, Any]) -> dict[str, str]:
 
 def main(argv: list[str] | None = None) -> None:
     config = tyro.cli(Config, args=argv)
+    jax.config.update("jax_platforms", "cpu")  # the plugins' devices are not looked for
     if config.draw:
         print(table(summarize()))
         return
@@ -306,7 +310,7 @@ def main(argv: list[str] | None = None) -> None:
             continue
         row = run(case, name, config)
         print(json.dumps(row), flush=True)
-        if NO_TARGET in row["outcome"]:
+        if row["outcome"].startswith(NO_TARGET):
             absent[target] = row["outcome"]
         elif config.write:
             add(row)
