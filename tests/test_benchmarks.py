@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import io
+import itertools
 import json
 from pathlib import Path
 
@@ -288,3 +289,32 @@ def test_compiled_programs_fail_in_words():
     assert compiled.failure(large) == "refused: temporaries of 17.23 GiB, a device has 15.75"
     wrong = "Traceback\nValueError: no\n----\nFor simplicity, JAX has removed its frames"
     assert compiled.failure(wrong) == "fails: ValueError: no"
+
+
+def test_stacked_layers_are_the_same_model():
+    """The training step that is compiled computes the same loss, stacked or not, sharded or not."""
+    import dataclasses
+
+    import jax
+    import jax.numpy as jnp
+    import training_step
+
+    model = training_step.Model(16, 24, layers=2, heads=2, vocab=32, length=8)
+    mesh = jax.make_mesh((8,), ("x",))
+    shapes = training_step.parameters(model, mesh, sharded=True)
+    assert shapes["layers"]["0"]["mlp"]["down_proj"]["kernel"].sharding.spec[0] == "x"
+    seeds = itertools.count()
+    separate = jax.tree.map(
+        lambda x: jax.random.normal(jax.random.key(next(seeds)), x.shape), shapes
+    )
+    stack = lambda *layers: jax.tree.map(lambda *xs: jnp.stack(xs), *layers)
+    stacked = separate | {"layers": stack(*separate["layers"].values())}
+    tokens = jnp.arange(9)[None] % 5
+    one = float(training_step.loss(model, separate, tokens, None))
+    many = float(
+        training_step.loss(dataclasses.replace(model, stacked=True), stacked, tokens, None)
+    )
+    assert one > 0 and one == pytest.approx(many, rel=1e-5)
+    numbers = training_step.projections(stacked)
+    assert numbers["layers"]["mlp"]["up_proj"]["kernel"] == ((1,), (2,))
+    assert numbers["embed_tokens"]["embedding"] is None and numbers["lm_head"]["kernel"] is None
