@@ -37,7 +37,7 @@ def update(optimizer: str, target: str, layers: int):
 
 def falls_short(issue: int, *names: str):
     """Optimizers that are expected to fail until an issue is done."""
-    mark = pytest.mark.xfail(strict=True, reason=f"issue {issue}")
+    mark = pytest.mark.xfail(strict=True, raises=AssertionError, reason=f"issue {issue}")
     return [pytest.param(name, marks=mark) for name in names]
 
 
