@@ -2,11 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
+# Compilers for GPUs and TPUs live apart: beside them JAX looks for devices that are not here.
+COMPILERS := .venv-compile/installed
 
 # On a CPU, LAPACK's threads and XLA's wait for each other: small factorisations want one.
 export OPENBLAS_NUM_THREADS ?= 1
 
-.PHONY: train test test-slow test-docs docs linkcheck notebooks lint dist clean
+.PHONY: train test test-slow test-compiled compiled test-docs docs linkcheck notebooks lint dist clean
 
 train: $(INSTALLED)
 	$(BIN)/python examples/pretrain.py
@@ -16,6 +18,12 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 -m slow
+
+test-compiled: $(COMPILERS)
+	.venv-compile/bin/python -m pytest -n 2 --dist loadgroup -rs tests/compiled
+
+compiled: $(COMPILERS)
+	.venv-compile/bin/python benchmarks/compiled.py
 
 test-docs: docs
 	$(BIN)/python -m pytest docs
@@ -38,10 +46,15 @@ dist: $(INSTALLED)
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf .venv build dist runs docs/_build docs/_generated *.egg-info
+	rm -rf .venv .venv-compile build dist runs docs/_build docs/_generated *.egg-info
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --editable ".[examples,test,lint,docs,notebooks]"
+	touch $@
+
+$(COMPILERS): pyproject.toml
+	$(PYTHON) -m venv .venv-compile
+	.venv-compile/bin/python -m pip install --quiet --editable ".[compile,test]"
 	touch $@

@@ -1,5 +1,6 @@
 """How a benchmark leaves its figures: JSON in benchmarks/results, and where they were made."""
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -26,15 +27,31 @@ def machine() -> str:
     return f"CPU, {cores} cores, {platform.machine()}, {platform.system()}"
 
 
-def write(name: str, rows: list[dict[str, Any]], arguments: Sequence[str] | None = None) -> Path:
-    """Writes the rows and what they need to be understood; returns the file."""
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Those of the packages that are installed."""
+    found = {}
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def write(
+    name: str,
+    rows: list[dict[str, Any]],
+    arguments: Sequence[str] | None = None,
+    packages: Sequence[str] = (),
+) -> Path:
+    """Writes the rows and what they need to be understood; returns the file.
+
+    `packages` are those besides PACKAGES whose versions matter.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
-    versions = {p: importlib.metadata.version(p) for p in PACKAGES}
     record = {
         "command": shlex.join(["python", "benchmarks/" + Path(sys.argv[0]).name, *arguments]),
         "machine": machine(),
         "python": platform.python_version(),
-        "versions": versions,
+        "versions": versions((*PACKAGES, *packages)),
         "date": datetime.date.today().isoformat(),
         "rows": rows,
     }

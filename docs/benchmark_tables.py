@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import claims
+import compiled
 import convergence
 import finetuning
 import record
@@ -58,6 +59,7 @@ LEFT_OUT = {"worst_ms", "steps", "tokens"}
 # Records of which pages show means, or a part.
 STUDIES = {
     "claims": claims,
+    "compiled": compiled,
     "convergence": convergence,
     "finetuning": finetuning,
     "tuning": tuning,

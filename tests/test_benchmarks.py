@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import io
+import itertools
 import json
 from pathlib import Path
 
@@ -241,3 +242,79 @@ def test_faults_are_survived(tmp_path, monkeypatch):
     assert row["kills"] == 2 and row["runs"] >= 1
     assert row["parameters_compared"] > 0
     assert row["runs_lost"] == row["checkpoints_lost"] == row["parameters_differing"] == 0
+
+
+def test_compiled_programs_are_compared(tmp_path, monkeypatch):
+    """Rows join the record in place of older ones; what is not compiled says so in the table."""
+    import compiled
+    import record
+
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    figures = {
+        "outcome": "compiled",
+        "peak_bytes": 2**31,
+        "temporary_bytes": 2**30,
+        "kernels": 10,
+        "library_calls": {"cusolver_syevd_ffi": 2},
+        "compile_s": 2.0,
+    }
+    row = {"case": "train_1b_h100", "optimizer": "sumo", "planned_bytes": 10, "argument_bytes": 11}
+    compiled.add(row | figures | {"compile_s": 50.0})
+    for name in ("adamw", "sgd"):
+        compiled.add({"case": "train_1b_h100", "optimizer": name} | figures)
+    compiled.add(row | figures | {"temporary_bytes": 3 * 2**30, "compile_s": 9.0})
+    killed = {"case": "train_1b_h100", "optimizer": "mofasgd"}
+    compiled.add(killed | {"outcome": "not compiled after 5 s"})
+    rows = {x["optimizer"]: x for x in compiled.summarize()}
+    assert list(rows) == ["sgd", "adamw", "sumo", "mofasgd"]
+    assert rows["sumo"]["over_sgd"]["temporary_bytes"] == 3
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        compiled.main(["--draw"])
+    assert "**Training step of LLaMA-1B" in out.getvalue() and "FSDP" not in out.getvalue()
+    (sumo,) = (x for x in out.getvalue().splitlines() if x.startswith("| sumo |"))
+    cells = ["2,048 (1.00)", "3,072 (3.00)", "1.100", "10 (1.00)", "2 syevd", "9.0 (4.50)"]
+    assert [cell for cell in sumo.strip("| ").split(" | ")[1:] if cell.strip()] == cells
+    assert "| mofasgd | not compiled after 5 s |" in out.getvalue()
+    with pytest.raises(SystemExit, match="'lamb' is none of"):
+        compiled.main(["--optimizers", "lamb"])
+
+
+def test_compiled_programs_fail_in_words():
+    import compiled
+
+    large = (
+        "Traceback\njax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED: Ran out of memory on HBM, the"
+        " total memory required for HLO temporaries (17.23G) exceeds available HBM (15.75G)."
+    )
+    assert compiled.failure(large) == "refused: temporaries of 17.23 GiB, a device has 15.75"
+    wrong = "Traceback\nValueError: no\n----\nFor simplicity, JAX has removed its frames"
+    assert compiled.failure(wrong) == "fails: ValueError: no"
+
+
+def test_stacked_layers_are_the_same_model():
+    """The training step that is compiled computes the same loss, stacked or not, sharded or not."""
+    import dataclasses
+
+    import jax
+    import jax.numpy as jnp
+    import training_step
+
+    model = training_step.Model(16, 24, layers=2, heads=2, vocab=32, length=8)
+    mesh = jax.make_mesh((8,), ("x",))
+    shapes = training_step.parameters(model, mesh, sharded=True)
+    assert shapes["layers"]["0"]["mlp"]["down_proj"]["kernel"].sharding.spec[0] == "x"
+    seeds = itertools.count()
+    separate = jax.tree.map(
+        lambda x: jax.random.normal(jax.random.key(next(seeds)), x.shape), shapes
+    )
+    stack = lambda *layers: jax.tree.map(lambda *xs: jnp.stack(xs), *layers)
+    stacked = separate | {"layers": stack(*separate["layers"].values())}
+    tokens = jnp.arange(9)[None] % 5
+    one = float(training_step.loss(model, separate, tokens, None))
+    many = float(
+        training_step.loss(dataclasses.replace(model, stacked=True), stacked, tokens, None)
+    )
+    assert one > 0 and one == pytest.approx(many, rel=1e-5)
+    numbers = training_step.projections(stacked)
+    assert numbers["layers"]["mlp"]["up_proj"]["kernel"] == ((1,), (2,))
+    assert numbers["embed_tokens"]["embedding"] is None and numbers["lm_head"]["kernel"] is None

@@ -1,0 +1,147 @@
+"""Compiles one optimizer's step in one case of `compiled.py`: a line of JSON.
+
+python benchmarks/compile_one.py update_60m_h100 sumo
+python benchmarks/compile_one.py update_60m_h100 sumo --keep .   # the program's text in a file
+"""
+
+import targets  # isort: skip  # before JAX
+
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+import program
+import training_step
+import tyro
+from compiled import CASES, NO_TARGET, OURS, PLANNED, Case
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from optax.contrib import MuonDimensionNumbers
+
+import sumo_optax
+
+
+def optimizer(name: str, case: Case) -> optax.GradientTransformation:
+    """With the same matrices for all."""
+    numbers = training_step.projections
+    if name == "sgd":
+        return optax.sgd(1e-2)
+    if name == "adamw":
+        return optax.adamw(1e-3)
+    if name == "muon":
+        return optax.contrib.muon(1e-2, muon_weight_dimension_numbers=numbers)
+    if name == "galore":
+        return optax.contrib.galore(1e-2, case.rank, weight_dimension_numbers=galore_numbers)
+    function, settings = OURS[name]
+    given = {"weight_dimension_numbers": numbers, "state_dtype": case.state_dtype}
+    return getattr(sumo_optax, function)(1e-2, case.rank, **given, **settings)
+
+
+def galore_numbers(params: Any) -> Any:
+    """optax's GaLore has a type of its own for the same."""
+    return jax.tree.map(
+        lambda spec: optax.contrib.GaLoreDimensionNumbers(*spec),
+        training_step.projections(params),
+        is_leaf=lambda x: isinstance(x, MuonDimensionNumbers),
+    )
+
+
+def clock() -> float:
+    """Processor seconds so far, of all threads and of the assembler that XLA may start."""
+    return sum(os.times()[:4])
+
+
+def shapes(tx: optax.GradientTransformation, case: Case) -> tuple[Any, Any, Mesh]:
+    """Those of parameters and state, laid out as the case and `state_shardings` say."""
+    mesh = targets.mesh(case.target, None if case.fsdp else 1)
+    params = training_step.parameters(case.model, mesh, sharded=case.fsdp)
+    if case.update_alone:
+        params = params["layers"]
+    placed = sumo_optax.state_shardings(tx, params, jax.tree.map(lambda x: x.sharding, params))
+    state = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        jax.eval_shape(tx.init, params),
+        placed,
+    )
+    return params, state, mesh
+
+
+def state_bytes(tx: optax.GradientTransformation, case: Case) -> tuple[int, int]:
+    """Of the whole state, and what a device holds of it."""
+    arrays = jax.tree.leaves(shapes(tx, case)[1])
+    held = lambda shape_of: sum(math.prod(shape_of(x)) * x.dtype.itemsize for x in arrays)
+    return held(lambda x: x.shape), held(lambda x: x.sharding.shard_shape(x.shape))
+
+
+def figures(
+    case: Case, tx: optax.GradientTransformation, keep: Path | None = None
+) -> dict[str, Any]:
+    """Of the compiled step; its text is written to `keep`."""
+    params, state, mesh = shapes(tx, case)
+    everywhere, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P("x"))
+    if case.update_alone:
+        step, third = training_step.update_step(tx), params
+    else:
+        step = training_step.train_step(case.model, tx, rows if case.fsdp else None)
+        third = jax.ShapeDtypeStruct((mesh.size, case.model.length + 1), "int32", sharding=rows)
+    shardings = jax.tree.map(lambda x: x.sharding, (params, state))
+    jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=(*shardings, everywhere))
+    begun = clock()
+    traced = jitted.trace(params, state, third)
+    lowered = traced.lower(lowering_platforms=(targets.platform(case.target),))
+    between = clock()
+    compiled = lowered.compile()
+    seconds = {"trace_s": between - begun, "compile_s": clock() - between}
+    if keep:
+        keep.write_text(compiled.as_text() or "")
+    return {
+        "devices": mesh.size,
+        **{name: round(x, 1) for name, x in seconds.items()},
+        "equations": program.equations(traced.jaxpr.jaxpr),
+        "state_bytes": state_bytes(tx, case)[1],
+        **program.figures(compiled),
+    }
+
+
+def planned(case: Case, name: str) -> dict[str, int]:
+    """Bytes of parameters and state as the planner foretells them, where it can."""
+    if not case.planned or name not in PLANNED:
+        return {}
+    argv = [sys.executable, "-m", "sumo_optax", "plan", *case.planned, "--json"]
+    plan = json.loads(subprocess.run(argv, check=True, capture_output=True, text=True).stdout)
+    (row,) = (row for row in plan["rows"] if row["optimizer"] == PLANNED[name])
+    return {"planned_bytes": row["parameters"] + row["state"]}
+
+
+def main(
+    case: tyro.conf.Positional[str],
+    name: tyro.conf.Positional[str],
+    limit: int = 3600,
+    keep: Path | None = None,
+) -> None:
+    """Compiles one optimizer's step.
+
+    Args:
+        case: of `compiled.py`.
+        name: of an optimizer there.
+        limit: processor seconds, after which the process is ended.
+        keep: a folder for the program's text.
+    """
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 10))
+    if why := targets.missing(CASES[case].target):
+        raise SystemExit(f"{NO_TARGET}: {why}")
+    found = figures(
+        CASES[case], optimizer(name, CASES[case]), keep and keep / f"{case}, {name}.hlo"
+    )
+    print(json.dumps(found | planned(CASES[case], name)))
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
