@@ -22,7 +22,7 @@ import tyro
 
 import sumo_optax
 
-METHODS = ("svd", "reduced", "auto", "newton_schulz")
+METHODS = ("svd", "auto", "newton_schulz")
 CONDITIONS = (1e1, 1e3, 1e5)
 TIMED = CONDITIONS[:2]
 

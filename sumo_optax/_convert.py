@@ -276,15 +276,15 @@ def _factors(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _truncated_svds(r: int, L: jax.Array, R: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    rule = functools.partial(_truncated_svd, r)
-    return jnp.vectorize(rule, signature="(m,k),(k,n)->(m,r),(r),(n,r)")(L, R)
-
-
-def _truncated_svd(r: int, L: jax.Array, R: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The r largest singular values of L R and their vectors, made up to r if fewer."""
-    Q, T = jnp.linalg.qr(L)
+    """The r largest singular values of each L R and their vectors, made up to r if fewer."""
+    batch = jnp.broadcast_shapes(L.shape[:-2], R.shape[:-2])
+    stack = lambda x: jnp.broadcast_to(x, (*batch, *x.shape[-2:])).reshape(-1, *x.shape[-2:])
+    L, R = stack(L), stack(R)
+    Q, T = jax.lax.map(jnp.linalg.qr, L)
     U, s, V = svd(T @ R)
-    return _of_width(r, Q @ U), jnp.pad(s[:r], (0, max(0, r - s.size))), _of_width(r, V)
+    s = jnp.pad(s[:, 0, :r], ((0, 0), (0, max(0, r - s.shape[-1]))))
+    of_width = lambda x: jax.lax.map(functools.partial(_of_width, r), x)
+    return tuple(x.reshape(*batch, *x.shape[1:]) for x in (of_width(Q @ U), s, of_width(V)))
 
 
 def _of_width(r: int, columns: jax.Array) -> jax.Array:

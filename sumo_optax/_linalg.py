@@ -32,7 +32,7 @@ _NEAR = 1 - 0.6**2
 # Smoothstep takes what is below 0.816 towards 0 and the rest to 1. Four steep triples bring 2.5
 # roundings of the largest singular value to 0.155, three polishes that to 0.816.
 _SMOOTHSTEP = (0, 5 / 2, -3 / 2)
-_DROP = ((_POLISH, _POLISH, _POLISH), (_SMOOTHSTEP, _SMOOTHSTEP, _POLISH))
+_DROP = ((_POLISH,) * 3, (_SMOOTHSTEP,) * 3)
 
 
 def at_least_float32(x: jax.Array) -> jax.Array:

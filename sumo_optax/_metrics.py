@@ -14,8 +14,9 @@ from jax.sharding import AxisType, PartitionSpec
 
 from sumo_optax import _layout
 from sumo_optax._axes import PyTree, WeightDimensionNumbers, named_leaves, path_string
+from sumo_optax._gradient import WholeGradients
 from sumo_optax._in_subspace import FIRST_MOMENTS, SubspaceState
-from sumo_optax._linalg import orthonormal_columns, unit_scale
+from sumo_optax._linalg import frobenius_norm, orthonormal_columns, unit_scale
 from sumo_optax._matrix import View, matrix_views
 from sumo_optax._mofasgd import MofasgdState
 from sumo_optax._report import low_rank_states
@@ -171,7 +172,8 @@ def with_subspace_metrics(
 
         def zeros(dtype):
             trees = jax.tree.map(lambda Q: jnp.zeros(Q.shape[:-2], dtype), bases)
-            return [_layout.renamed(tree, params, views, "") for tree in trees]
+            words = [""] * len(views)
+            return [_layout.renamed(tree, params, views, words) for tree in trees]
 
         return MeasuredState(inner, zeros(jnp.float32), zeros(jnp.float32), zeros(jnp.int32))
 
@@ -220,23 +222,21 @@ def _movement(
 ) -> Callable[..., tuple[jax.Array, ...]]:
     """Captured energy, rotation and steps since a refresh of a leaf, from those before the step."""
 
-    def of_one(G, Q_old, Q):
-        moved = jnp.any(Q_old != Q)
-        Q_old, Q = (x.astype(jnp.float32) for x in (Q_old, Q))
+    def movement(gradient, Q_old, Q, last):
+        batch, stack = Q.shape[:-2], lambda x: x.reshape(-1, *x.shape[-2:])
+        G = stack(to_matrices(gradient.astype(jnp.float32)))
+        moved = jnp.any(Q_old != Q, axis=(-2, -1))
+        Q_old, Q = (stack(x.astype(jnp.float32)) for x in (Q_old, Q))
         if mend:  # online PCA keeps its basis near an orthonormal one only
             Q_old, Q = orthonormal_columns(Q_old), orthonormal_columns(Q)
         with jax.default_matmul_precision("highest"):
-            outside = Q - Q_old @ (Q_old.T @ Q)
-        rotation = jnp.linalg.norm(outside) / Q.shape[1] ** 0.5
-        G_hat = Q_old.T @ G
+            outside = Q - Q_old @ (Q_old.mT @ Q)
+        rotation = frobenius_norm(outside) / Q.shape[-1] ** 0.5
+        G_hat = Q_old.mT @ G
         # A NaN or Inf anywhere in G is one in Ĝ.
-        finite = jnp.sum(0 * G_hat) == 0
-        return jnp.where(finite, captured_energy(G, G_hat), jnp.nan), rotation, moved
-
-    def movement(gradient, Q_old, Q, last):
-        G = to_matrices(gradient.astype(jnp.float32))
-        of_each = jnp.vectorize(of_one, signature="(p,q),(p,r),(p,r)->(),(),()")
-        captured, rotation, moved = of_each(G, Q_old, Q)
+        finite = jnp.sum(0 * G_hat, axis=(-2, -1), keepdims=True) == 0
+        captured = jnp.where(finite, captured_energy(WholeGradients.of([G]), G_hat), jnp.nan)
+        captured, rotation = captured.reshape(batch), rotation.reshape(batch)
         return (
             jnp.where(jnp.isfinite(captured), captured, last[0]),
             jnp.where(moved, rotation, last[1]),
@@ -253,7 +253,7 @@ def _moments(one: Any) -> Iterator[tuple[str, jax.Array]]:
             yield path_string(path), s.astype(jnp.float32)
         return
     bases = named_leaves(one.basis)
-    values = _on_any_mesh(jnp.vectorize(_singular_values, signature="(r,n)->(r)"), 1)
+    values = _on_any_mesh(_singular_values, 1)
     if isinstance(one, SumoState):
         for path, M in named_leaves(one.moment).items():
             yield path_string(path), values(M)
@@ -265,10 +265,10 @@ def _moments(one: Any) -> Iterator[tuple[str, jax.Array]]:
 
 
 def _singular_values(M: jax.Array) -> jax.Array:
-    """Of M (r x n) over its largest entry: those of M W (r x r), W a basis of its rows."""
+    """Of M (..., r, n) over its largest entry: those of M W (r x r), W a basis of its rows."""
     M = unit_scale(M.astype(jnp.float32))
     with jax.default_matmul_precision("highest"):
-        return jnp.linalg.svd(M @ orthonormal_columns(M.T), compute_uv=False)
+        return jnp.linalg.svd(M @ orthonormal_columns(M.mT), compute_uv=False)
 
 
 def _spectrum(s: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -161,7 +161,7 @@ def _thin_forward(options, x, w, bases, probes):
 def _thin_backward(options, kept, dy):
     x, seen, w, B_q, probes, like = kept
     dx = _dot((options[0], None), dy, w.T).astype(like.dtype)
-    thin = lambda left, right, probe: _linalg.product(left, right).astype(probe.dtype)
+    thin = lambda left, right, probe: _linalg.written_out(left) @ right.astype(probe.dtype)
     first = None if seen is None else thin(seen.T, dy, probes[0])
     second = None if x is None else thin((dy @ B_q.astype(dy.dtype)).T, x, probes[1])
     return dx, None, None, (first, second)

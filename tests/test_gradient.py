@@ -1,18 +1,21 @@
-"""A gradient and the update it gives, stored as they are and transposed: the same numbers."""
+"""Gradients of a group, stored as they are and transposed: the numbers of each matrix by itself."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sumo_optax._gradient import Update, WholeGradient, left_product, right_product
+from sumo_optax._gradient import ProjectedGradients, Update, WholeGradients
 
 RANK, M, N = 3, 10, 6
+BATCHES = [(1,), (2,), (1,)]  # of three leaves
+B = 4
 # float32 sums of 10 products of numbers of about 1.
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
 rng = np.random.default_rng(0)
 G, Q, V, X = (
-    rng.normal(size=shape).astype(np.float32) for shape in ((M, N), (M, RANK), (N, RANK), (RANK, N))
+    rng.normal(size=(B, *shape)).astype(np.float32)
+    for shape in ((M, N), (M, RANK), (N, RANK), (RANK, N))
 )
 
 
@@ -21,29 +24,68 @@ def transposed(request):
     return request.param
 
 
+def in_leaves(stack, transposed):
+    stack = np.swapaxes(stack, -1, -2) if transposed else stack
+    return [jnp.asarray(x) for x in (stack[:1], stack[1:3], stack[3:])]
+
+
 def stored(G, transposed):
-    return WholeGradient(jnp.asarray(G.T if transposed else G), transposed)
+    return WholeGradients.of(in_leaves(G, transposed), transposed=transposed)
 
 
-def test_products_are_those_of_the_matrix(transposed):
-    gradient = stored(G, transposed)
-    assert gradient.shape == (M, N)
-    np.testing.assert_array_equal(gradient.matrix, G)
-    np.testing.assert_allclose(left_product(Q, gradient), Q.T @ G, **TOLERANCE)
-    np.testing.assert_allclose(right_product(gradient, V), G @ V, **TOLERANCE)
+def test_products_are_those_of_each_matrix(transposed):
+    gradients = stored(G, transposed)
+    assert gradients.shape == (M, N)
+    np.testing.assert_allclose(gradients.left_product(Q), np.swapaxes(Q, 1, 2) @ G, **TOLERANCE)
+    np.testing.assert_allclose(gradients.right_product(V), G @ V, **TOLERANCE)
+
+
+def test_bfloat16_is_read_as_it_is_and_summed_in_float32(transposed):
+    gradients = stored(jnp.asarray(G, jnp.bfloat16), transposed)
+    found = gradients.left_product(Q)
+    assert found.dtype == jnp.float32
+    rounded = lambda x: np.asarray(jnp.asarray(x, jnp.bfloat16), np.float32)
+    np.testing.assert_allclose(found, np.swapaxes(rounded(Q), 1, 2) @ rounded(G), **TOLERANCE)
 
 
 @pytest.mark.parametrize("size", [1e-30, 1, 1e30])
 def test_norms_do_not_overflow(transposed, size):
-    gradient = stored(np.float32(size) * G, transposed)
-    whole = size * np.linalg.norm(G.astype(np.float64))
-    columns = size * np.linalg.norm(G.astype(np.float64), axis=0)
-    np.testing.assert_allclose(gradient.norm(scale=size * X), whole, rtol=1e-5)
-    np.testing.assert_allclose(gradient.column_norms(scale=size * X), columns, rtol=1e-5)
+    gradients = stored(np.float32(size) * G, transposed)
+    whole = size * np.linalg.norm(G.astype(np.float64), axis=(1, 2), keepdims=True)
+    columns = size * np.linalg.norm(G.astype(np.float64), axis=1, keepdims=True)
+    np.testing.assert_allclose(gradients.norms(scale=size * X), whole, rtol=1e-5)
+    np.testing.assert_allclose(gradients.column_norms(scale=size * X), columns, rtol=1e-5)
 
 
-@pytest.mark.parametrize("weights", [None, np.arange(N, dtype=np.float32)])
-def test_an_update_is_multiplied_out_either_way(transposed, weights):
-    expected = Q @ X if weights is None else Q @ X + G * weights
-    D = Update(Q, X, weights).of(stored(G, transposed), transposed=transposed)
-    np.testing.assert_allclose(D, expected.T if transposed else expected, **TOLERANCE)
+def test_singular_vectors_and_zeros(transposed):
+    some = G * np.array([1, 0, 1, 1], np.float32)[:, None, None]
+    gradients = stored(some, transposed)
+    np.testing.assert_array_equal(gradients.are_zero().ravel(), [False, True, False, False])
+    U = gradients.left_singular_vectors(RANK)
+    for i in (0, 2, 3):
+        expected = np.linalg.svd(some[i])[0][:, :RANK]
+        np.testing.assert_allclose(U[i] @ U[i].T, expected @ expected.T, **TOLERANCE)
+
+
+@pytest.mark.parametrize("weights", [None, rng.normal(size=(B, 1, N)).astype(np.float32)])
+def test_updates_are_multiplied_out_either_way_and_0_where_not_good(transposed, weights):
+    good = np.array([True, True, False, True])[:, None, None]
+    expected = np.where(good, Q @ X if weights is None else Q @ X + G * weights, 0)
+    found = stored(G, transposed).updates(Update(Q, X, weights), jnp.asarray(good))
+    for x, y in zip(found, in_leaves(expected, transposed), strict=True):
+        np.testing.assert_allclose(x, y, **TOLERANCE)
+
+
+def test_projected_gradients_refuse_what_they_do_not_hold():
+    held = ProjectedGradients(BATCHES, False, jnp.float32, None, jnp.asarray(X), None, (M, N), "w")
+    np.testing.assert_array_equal(held.left_product(Q), X)
+    for read in (
+        lambda: held.right_product(V),
+        lambda: held.norms(scale=X),
+        lambda: held.column_norms(scale=X),
+        held.are_zero,
+        lambda: held.left_singular_vectors(2),
+        lambda: held.updates(Update(Q, X, jnp.ones((B, 1, N))), True),
+    ):
+        with pytest.raises(ValueError, match="the gradient of w is projected, but this optimizer"):
+            read()

@@ -10,7 +10,7 @@ from test_sumo import gradients, relative, run
 
 import sumo_optax
 from sumo_optax import _subspace
-from sumo_optax._gradient import WholeGradient
+from sumo_optax._gradient import WholeGradients
 
 RANK = 6
 SHAPES = {"tall": (40, 16), "wide": (16, 40), "square": (24, 24)}
@@ -82,10 +82,10 @@ def test_closed_form_gradient_is_that_of_the_loss(shape, rho):
         gram = P.T @ P - jnp.eye(RANK)
         return jnp.sum((P @ P.T @ g - g) ** 2) + rho * jnp.sum(gram**2)
 
-    whole = WholeGradient(G, transposed=False)
-    closed, norm = _subspace.online_pca_gradient(whole, P, P.T @ G, rho)
-    np.testing.assert_allclose(norm, np.linalg.norm(G), rtol=1e-6)
-    assert relative(closed, jax.grad(loss)(P)) < 1e-5  # float32
+    whole = WholeGradients.of([G[None]])
+    closed, norm = _subspace.online_pca_gradient(whole, P[None], (P.T @ G)[None], rho)
+    np.testing.assert_allclose(norm.item(), np.linalg.norm(G), rtol=1e-6)
+    assert relative(closed[0], jax.grad(loss)(P)) < 1e-5  # float32
 
 
 def test_svd_basis_and_adam_are_optax_galore():
