@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 import jax.numpy as jnp
 
-from sumo_optax._linalg import at_least_float32, largest_entry, written_out
+from sumo_optax._linalg import at_least_float32, largest_entry, svd, written_out
 
 Batch = tuple[int, ...]
 
@@ -106,11 +106,8 @@ class WholeGradients(Gradients):
 
     def left_singular_vectors(self, r: int) -> jax.Array:
         """The first r of each matrix, (B, m, r)."""
-        vectors = []
-        for G in self.stored:
-            G = at_least_float32(G.mT if self.transposed else G)
-            vectors.append(jnp.linalg.svd(G / largest_entry(G), full_matrices=False)[0][..., :r])
-        return self._stack(vectors)
+        of = lambda G: svd(stack_of([at_least_float32(G)], axes=G.ndim - 2))[0][..., :r]
+        return jnp.concatenate([of(G.mT if self.transposed else G) for G in self.stored])
 
     def are_zero(self) -> jax.Array:
         """Which are, (B, 1, 1)."""

@@ -15,9 +15,9 @@ PolarMethod = Literal["auto", "svd", "newton_schulz"]
 # Muon's quintic: steep at zero, and never settling at one.
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
-# Odd quintics a x + b x³ + c x⁵ for singular values, made by benchmarks/quintics.py. Three steep ones
-# in a row take [0.07, 1.003] to within 0.0014 of 1 and multiply what is smaller by 27: steeper ones
-# ask more of a Gram matrix than float32 has.
+# Odd quintics a x + b x³ + c x⁵ for singular values, made by benchmarks/quintics.py. Three steep
+# ones in a row take [0.07, 1.003] to within 0.0014 of 1 and multiply what is smaller by 27: steeper
+# ones ask more of a Gram matrix than float32 has.
 _STEEP = (
     (6.218914, -16.195419, 11.49947),
     (2.317097, -1.68362, 0.420399),
@@ -149,8 +149,8 @@ def check_polar_method(method: str) -> None:
 def _on_any_platform(fn: Callable[..., jax.Array], X: jax.Array) -> jax.Array:
     """`fn` of a stack made of products alone.
 
-    A GPU takes the matrices together. A CPU is faster one by one, each in as many steps as it needs,
-    and for a TPU that compiles in a tenth of the time.
+    A GPU takes the matrices together. A CPU is faster one by one, each in as many steps as it
+    needs, and for a TPU that compiles in a tenth of the time.
     """
     one_by_one = lambda X: jax.lax.map(functools.partial(fn, product=_in_blocks), X)
     return jax.lax.platform_dependent(X, cpu=one_by_one, tpu=one_by_one, default=fn)

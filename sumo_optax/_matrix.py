@@ -109,7 +109,7 @@ def matrix_views(
 
 
 class Rule(NamedTuple):
-    """An optimizer for a stack of B matrices m x n. Its state is a tuple of arrays, or trees of them.
+    """An optimizer for a stack of B matrices m x n. Its state is a tuple of trees of arrays.
 
     init(m, n, dtype, key) -> the state of one matrix
     due(t, state, phase) -> (B,): which matrices have a new basis in this step

@@ -1,4 +1,4 @@
-"""A basis Q (m x r) of the gradient's dominant left subspace: how it starts, when it moves, how."""
+"""A basis Q (m x r) of each gradient's dominant left subspace: how it starts, when it moves, how."""
 
 import functools
 from collections.abc import Callable
@@ -23,7 +23,7 @@ def check_basis(basis: str) -> None:
 
 
 def start(m: int, r: int, dtype: jnp.dtype, key: jax.Array, basis: Basis) -> jax.Array:
-    """(m, r): what there is before the first gradient: for tracking any subspace will do, else none, 0."""
+    """What there is before a gradient, (m, r): for tracking any subspace will do, else none, 0."""
     return _random_basis(m, r, dtype, key) if basis == "tracking" else jnp.zeros((m, r), dtype)
 
 
@@ -42,7 +42,7 @@ def is_due(t: jax.Array, Q: jax.Array, refresh_every: int, phase: float) -> jax.
 
 
 def is_missing(Q: jax.Array) -> jax.Array:
-    """Which bases, (B,), no gradient has given yet: one column tells, since none is 0 in a basis."""
+    """Which bases, (B,), no gradient has given yet: one column tells, 0 in no basis."""
     return ~jnp.any(Q[..., 0], axis=-1)
 
 
@@ -106,9 +106,9 @@ def transport(Q_new: jax.Array, Q_old: jax.Array, M: jax.Array) -> jax.Array:
 def online_pca_gradient(
     G: WholeGradients, P: jax.Array, G_hat: jax.Array, penalty: jax.typing.ArrayLike
 ) -> tuple[jax.Array, jax.Array]:
-    """The gradient in P (B, m, r) of ||PPᵀg - g||² + penalty ||PᵀP - I||², g = G / ||G||; and ||G||.
+    """The gradient in P of ||PPᵀg - g||² + penalty ||PᵀP - I||², g = G / ||G||; and ||G||.
 
-    With Ĝ = PᵀG, X = gᵀP and S = PᵀP it is 2 (g X (S - 2I) + P XᵀX) + 4 penalty P (S - I): one
+    P is (B, m, r). With Ĝ = PᵀG, X = gᵀP and S = PᵀP it is 2 (g X (S - 2I) + P XᵀX) + 4 penalty P (S - I): one
     product with G.
     """
     norm = G.norms(scale=G_hat)

@@ -224,7 +224,7 @@ def scale_by_sumo(
 
 
 def _step_over_gradient(O: jax.Array, G_hat: jax.Array) -> jax.Array:
-    """||O_j|| / ||Ĝ_j|| for each column j, (B, 1, n): Fira's scaling, arXiv 2410.01623, section 4.2.
+    """||O_j|| / ||Ĝ_j|| for each column j, (B, 1, n): Fira, arXiv 2410.01623, section 4.2.
 
     0 where the subspace saw nothing but rounding of a column, which says nothing of its step.
     """
@@ -244,7 +244,7 @@ def _residual_norms(G: WholeGradients, G_hat: jax.Array) -> jax.Array:
 def _limited(
     X: jax.Array, last_norm: jax.Array, limit: jax.typing.ArrayLike | None
 ) -> tuple[jax.Array, jax.Array]:
-    """The factor (B, 1, 1) that keeps ||X|| at most `limit` times the last norm; and the norm then."""
+    """The factor (B, 1, 1) that keeps ||X|| at `limit` times the last norm; and the norm then."""
     norm = jnp.linalg.norm(X, axis=(-2, -1))
     if limit is None:
         return jnp.ones_like(norm)[:, None, None], last_norm
