@@ -284,7 +284,8 @@ def _truncated_svds(r: int, L: jax.Array, R: jax.Array) -> tuple[jax.Array, jax.
     U, s, V = svd(T @ R)
     s = jnp.pad(s[:, 0, :r], ((0, 0), (0, max(0, r - s.shape[-1]))))
     of_width = lambda x: jax.lax.map(functools.partial(_of_width, r), x)
-    return tuple(x.reshape(*batch, *x.shape[1:]) for x in (of_width(Q @ U), s, of_width(V)))
+    in_batch = lambda x: x.reshape(*batch, *x.shape[1:])
+    return in_batch(of_width(Q @ U)), in_batch(s), in_batch(of_width(V))
 
 
 def _of_width(r: int, columns: jax.Array) -> jax.Array:

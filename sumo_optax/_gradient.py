@@ -38,8 +38,8 @@ class Gradients:
     dtype: jnp.dtype
     precision: Any  # of products m x n
 
-    def updates(self, D: Update, good: jax.Array | bool) -> list[jax.Array]:
-        """D leaf by leaf, 0 where not `good`, shape (B, 1, 1)."""
+    def updates(self, D: Update, good: jax.Array | None) -> list[jax.Array]:
+        """D leaf by leaf, 0 where not `good` (B, 1, 1), if that is asked."""
         left, right = (D.right.mT, D.left.mT) if self.transposed else (D.left, D.right)
         parts = [written_out(left.astype(self.dtype)), right.astype(self.dtype)]
         left, right = (pieces_of(x, self.batches) for x in parts)
@@ -47,7 +47,7 @@ class Gradients:
         products = [self._matmul(x, y) for x, y in zip(left, right, strict=True)]
         if D.weights is not None:
             products = self._plus_weighted(products, D.weights)
-        if good is True:
+        if good is None:
             return products
         return [
             jnp.where(keep, D, 0)
@@ -133,10 +133,10 @@ class WholeGradients(Gradients):
         return largest * jnp.sqrt(self._stack(squares))
 
     def _plus_weighted(self, products: list[jax.Array], weights: jax.Array) -> list[jax.Array]:
-        weights = pieces_of(weights.mT if self.transposed else weights, self.batches)
+        pieces = pieces_of(weights.mT if self.transposed else weights, self.batches)
         return [
             (at_least_float32(D) + at_least_float32(G) * w).astype(self.dtype)
-            for D, G, w in zip(products, self.stored, weights, strict=True)
+            for D, G, w in zip(products, self.stored, pieces, strict=True)
         ]
 
     def _stack(self, matrices: list[jax.Array]) -> jax.Array:

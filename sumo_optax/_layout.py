@@ -4,7 +4,7 @@ A state array is sharded along m as the leaf's axes that make m are, along n lik
 along r: basis P(a, None), moment P(None, b), r x r matrices on every device.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -96,7 +96,7 @@ def _names(x: Any) -> Spec:
     return tuple(x.get_metadata()["out_sharding"])
 
 
-def _state_spec(spec: Sequence[Any], view: Any, word: str) -> PartitionSpec:
+def _state_spec(spec: Spec | PartitionSpec, view: Any, word: str) -> PartitionSpec:
     """The spec of a state array, from that of its leaf.
 
     Axes that are merged into one keep the mesh axes of the first of them alone.

@@ -3,6 +3,7 @@
 The only file that knows of groups, orientation, dtypes and leaves that are no matrices.
 """
 
+import functools
 import math
 import re
 import zlib
@@ -220,9 +221,12 @@ def lift(
         trees = rule.structure().flatten_up_to(tuple(state[1:-2]))
         columns = [jax.tree.leaves(tree) for tree in trees]
         matrices = [i for i, view in enumerate(views) if view is not None]
-        key, precision = jax.random.key(seed), jax.config.jax_default_matmul_precision or "default"
+        key = jax.random.key(seed)
+        # pyrefly: ignore [missing-attribute]
+        precision = jax.config.jax_default_matmul_precision or "default"
         of = lambda things, group: [things[matrices[k]] for k in group.members]
-        for group in _groups(rule, *([x[i] for i in matrices] for x in (paths, leaves, views))):
+        members = [(paths[i], leaves[i], views[i]) for i in matrices]
+        for group in _groups(rule, members):
             step = _group_step(rule, group, of(paths, group), skip_nonfinite, precision)
             words, leaves_of_group = rule.words(group.view), of(leaves, group)
             step = _layout.in_auto_mode(step, group.spec, group.view, words, len(group.members))
@@ -249,18 +253,18 @@ def lift(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _groups(rule: Rule, paths: list[Path], leaves: list[Any], views: list[View]) -> list[Group]:
+def _groups(rule: Rule, matrices: list[tuple[Path, Any, Any]]) -> list[Group]:
     """Leaves of one shape go together where they lie alike on any mesh.
 
     With explicit axes their types say so. Where the compiler alone shards, leaves of one role do:
     those whose paths are the same but for numbers of layers.
     """
     groups: dict[tuple, Group] = {}
-    for k, (path, G, view) in enumerate(zip(paths, leaves, views, strict=True)):
+    for k, (path, G, view) in enumerate(matrices):
         [array, *_] = jax.tree.leaves(G)
         spec = _layout.explicit_spec(array)
         role = re.sub(r"\d+", "*", path_string(path)) if _layout.compiler_shards(array) else ""
-        phase = k / len(paths) if rule.stagger else 0.0
+        phase = k / len(matrices) if rule.stagger else 0.0
         traits = (view, G.dtype, _is_projected(G), phase, spec, role)
         groups.setdefault(traits, Group(*traits, [])).members.append(k)
     return list(groups.values())
@@ -289,7 +293,7 @@ def _group_step(
         with jax.default_matmul_precision("highest"):
             due = None if group.projected else rule.due(t, old, group.phase)
             D, new = rule.step(G, old, t, due, keys)
-        good, bad = True, jnp.zeros([], jnp.int32)
+        good, bad = None, jnp.zeros([], jnp.int32)
         if skip_nonfinite:
             good = _are_finite(new)
             new, bad = choose(good, new, old), jnp.sum(~good, dtype=jnp.int32)
@@ -336,7 +340,8 @@ def _hash(path: Path) -> np.uint32:
 def _are_finite(state: PyTree) -> jax.Array:
     """Of which matrices a state is, (B,): 0 times NaN or Inf is NaN, and a sum is fast."""
     floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
-    return sum(jnp.sum(0 * x, axis=tuple(range(1, x.ndim))) for x in floats) == 0
+    sums = [jnp.sum(0 * x, axis=tuple(range(1, x.ndim))) for x in floats]
+    return functools.reduce(jnp.add, sums) == 0
 
 
 def _is_projected(x: Any) -> bool:

@@ -1,4 +1,4 @@
-"""A basis Q (m x r) of each gradient's dominant left subspace: how it starts, when it moves, how."""
+"""A basis Q (m x r) of a gradient's dominant left subspace: its start and its moves."""
 
 import functools
 from collections.abc import Callable
@@ -108,8 +108,8 @@ def online_pca_gradient(
 ) -> tuple[jax.Array, jax.Array]:
     """The gradient in P of ||PPᵀg - g||² + penalty ||PᵀP - I||², g = G / ||G||; and ||G||.
 
-    P is (B, m, r). With Ĝ = PᵀG, X = gᵀP and S = PᵀP it is 2 (g X (S - 2I) + P XᵀX) + 4 penalty P (S - I): one
-    product with G.
+    P is (B, m, r). With Ĝ = PᵀG, X = gᵀP and S = PᵀP it is
+    2 (g X (S - 2I) + P XᵀX) + 4 penalty P (S - I): one product with G.
     """
     norm = G.norms(scale=G_hat)
     divisor = jnp.where(norm > 0, norm, 1)

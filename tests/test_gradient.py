@@ -85,7 +85,7 @@ def test_projected_gradients_refuse_what_they_do_not_hold():
         lambda: held.column_norms(scale=X),
         held.are_zero,
         lambda: held.left_singular_vectors(2),
-        lambda: held.updates(Update(Q, X, jnp.ones((B, 1, N))), True),
+        lambda: held.updates(Update(Q, X, jnp.ones((B, 1, N))), None),
     ):
         with pytest.raises(ValueError, match="the gradient of w is projected, but this optimizer"):
             read()

@@ -1,4 +1,4 @@
-"""What a step is as a program: its size, what it is lowered to for other platforms, its precision."""
+"""What a step is as a program: its size, what other platforms are given, its precision."""
 
 import re
 
