@@ -45,25 +45,26 @@ def falls_short(issue: int, *names: str):
 @pytest.mark.parametrize(
     "optimizer",
     [
+        "sumo",
         "sumo, Newton-Schulz",
+        "sumo as published",
         "online_subspace_descent",
-        *falls_short(22, "sumo", "sumo as published", "mofasgd"),
+        *falls_short(22, "mofasgd"),  # the SVD of its 2r x 2r core is its definition
     ],
 )
 def test_ordinary_steps_factorise_nothing(on, optimizer, target):
-    """No `eigh`, `svd` or `qr` outside of the branches of conditionals; Cholesky may be."""
-    found = set(update(optimizer, on(target), layers=1)["factorisations"])
-    assert not found - {"cholesky"}
+    """No `eigh`, `svd`, `qr` or `cholesky` outside of the branches of conditionals."""
+    assert not update(optimizer, on(target), layers=1)["factorisations"]
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("optimizer", falls_short(22, "sumo", "mofasgd", "online_subspace_descent"))
+@pytest.mark.parametrize("optimizer", ["sumo", "mofasgd", "online_subspace_descent"])
 def test_conditionals_are_one_a_group(on, optimizer, target):
     assert update(optimizer, on(target), layers=1)["conditionals"] <= SHAPES
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("optimizer", falls_short(22, "sumo"))
+@pytest.mark.parametrize("optimizer", ["sumo"])
 def test_kernels_do_not_grow_with_layers(on, optimizer, target):
     """Reading gradients and writing updates is done leaf by leaf, so some growth is left."""
     one, four = (update(optimizer, on(target), layers)["kernels"] for layers in (1, 4))
