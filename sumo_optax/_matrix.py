@@ -7,6 +7,7 @@ import functools
 import math
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -37,6 +38,9 @@ from sumo_optax._gradient import (
 from sumo_optax._linalg import at_least_float32, choose
 
 MATRIX, FALLBACK = "matrix", "fallback"
+
+# Numbers in the state of a group, of which a step holds several times as many for a moment.
+_LARGEST_STACK = 2**26
 
 
 Side = Literal["long", "short"]
@@ -226,7 +230,8 @@ def lift(
         precision = jax.config.jax_default_matmul_precision or "default"
         of = lambda things, group: [things[matrices[k]] for k in group.members]
         members = [(paths[i], leaves[i], views[i]) for i in matrices]
-        for group in _groups(rule, members):
+        sizes = [sum(x.size for x in arrays) for arrays in zip(*columns, strict=True)]
+        for group in _groups(rule, members, sizes):
             step = _group_step(rule, group, of(paths, group), skip_nonfinite, precision)
             words, leaves_of_group = rule.words(group.view), of(leaves, group)
             step = _layout.in_auto_mode(step, group.spec, group.view, words, len(group.members))
@@ -253,20 +258,24 @@ def lift(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _groups(rule: Rule, matrices: list[tuple[Path, Any, Any]]) -> list[Group]:
-    """Leaves of one shape go together where they lie alike on any mesh.
+def _groups(rule: Rule, matrices: list[tuple[Path, Any, Any]], sizes: list[int]) -> list[Group]:
+    """Leaves of one shape go together where they lie alike on any mesh, up to a size of state.
 
     With explicit axes their types say so. Where the compiler alone shards, leaves of one role do:
     those whose paths are the same but for numbers of layers.
     """
     groups: dict[tuple, Group] = {}
+    counts: Counter[tuple] = Counter()
     for k, (path, G, view) in enumerate(matrices):
         [array, *_] = jax.tree.leaves(G)
         spec = _layout.explicit_spec(array)
         role = re.sub(r"\d+", "*", path_string(path)) if _layout.compiler_shards(array) else ""
         phase = k / len(matrices) if rule.stagger else 0.0
         traits = (view, G.dtype, _is_projected(G), phase, spec, role)
-        groups.setdefault(traits, Group(*traits, [])).members.append(k)
+        before = counts[traits]
+        counts[traits] += 1
+        part = before // max(1, _LARGEST_STACK // max(1, sizes[k]))
+        groups.setdefault((traits, part), Group(*traits, [])).members.append(k)
     return list(groups.values())
 
 

@@ -30,6 +30,8 @@ from flax.training.train_state import TrainState
 from hypothesis import strategies
 from optax.contrib import MuonDimensionNumbers as Axes
 
+from sumo_optax import _matrix
+
 # Trees
 
 
@@ -138,6 +140,19 @@ def test_batched_equals_one_by_one(make, shape, devices, monkeypatch):
             one, one_state[i] = update({"kernel": grads["kernel"][i]}, one_state[i])
             # float32 rounding of sums taken in another order, through six steps of condition 1e2.
             assert_close(updates["kernel"][i], one["kernel"], rtol=1e-4)
+
+
+@every_transformation
+def test_large_groups_are_taken_in_parts(make, monkeypatch):
+    """Five alike matrices, in stacks of two: the same numbers."""
+    params = {f"layers_{i}": {"kernel": jnp.ones((12, 6))} for i in range(5)}
+    tx, grads = make(), like(params, 0)
+    state = tx.init(params)
+    together, _ = jax.jit(tx.update)(grads, state)
+    numbers = sum(x.size for x in jax.tree.leaves(tuple(state[1:-2])))
+    monkeypatch.setattr(_matrix, "_LARGEST_STACK", 2 * numbers // 5)
+    in_parts, _ = jax.jit(lambda grads, state: tx.update(grads, state))(grads, state)
+    assert_close(in_parts, together)
 
 
 STACKS_ON_ONE_CPU = """
