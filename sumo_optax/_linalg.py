@@ -107,10 +107,10 @@ def polar_factor(x: jax.Array, *, method: PolarMethod = "auto") -> jax.Array:
       x: array of shape (..., m, n), real floating point. Anything below float32 is computed in
         float32; the scale of x does not matter.
       method: ``"svd"`` is the definition above, and the oracle of the others. ``"auto"`` is as
-        exact by products alone: odd polynomials of degree five bring all singular values to 1, in
-        6 steps up to a condition number of about 100 and in at most 20, and have to 0 what is below
-        the definition's bound. ``"newton_schulz"`` is five steps of Muon's iteration, for
-        comparison only: far from exact where x is ill conditioned.
+        exact by products alone, but for square and rank-deficient matrices, where it loses up to
+        200 roundings: at most 21 odd polynomials of degree five (float32) bring singular values
+        to 1, and to 0 what is lost in rounding. ``"newton_schulz"`` is five steps of Muon's
+        iteration, for comparison only: far from exact where x is ill conditioned.
 
     Returns:
       Array of the shape and dtype of x.
