@@ -174,31 +174,27 @@ def _by_products(X: jax.Array, *, drop: bool, product: Callable = jnp.matmul) ->
     I = jnp.broadcast_to(jnp.eye(X.shape[-2], dtype=X.dtype), (*X.shape[:-1], X.shape[-2]))
 
     def quintic(carry, coefficients):
-        A, W = carry
+        A, A2, W = carry
         a, b, c = coefficients
-        w = a * I + b * A + c * product(A, A)
-        return (product(product(w, A), w), product(w, W)), None
+        w = a * I + b * A + c * A2
+        A = product(product(w, A), w)
+        return (A, product(A, A), product(w, W)), None
 
     def enlarge(carry):
         step, Y = carry
         A = product(Y, Y.mT)
-        bound = jnp.where(step == 0, _or_one(_eigenvalue_bound(A)), 1)
-        A, Y = A / bound, Y / bound**0.5
+        A2 = product(A, A)
+        # ||A²||^½ is at least the largest eigenvalue, and mostly less than twice as much.
+        bound = jnp.where(step == 0, _or_one(_square(A2) ** 0.25), 1)
+        A, A2, Y = A / bound, A2 / bound**2, Y / bound**0.5
         # No is what NaN answers, which stays so: it is no matter of the other matrices.
-        far = jnp.any(_square(A - I) > _NEAR**2)
-        step = jnp.where(far, step, len(triples) - 1)
-        (_, W), _ = jax.lax.scan(quintic, (A, I), table[step])
-        return step + 1, product(W, Y)
+        far = jnp.any(_square(I - 2 * A + A2) > _NEAR**4)
+        quintics = table[jnp.where(far, step, len(triples) - 1)]
+        (_, _, W), _ = jax.lax.scan(quintic, (A, A2, I), quintics, unroll=3)
+        return jnp.where(far, step + 1, len(triples)), product(W, Y)
 
     start = (jnp.zeros([], jnp.int32), unit_scale(X))
     return jax.lax.while_loop(lambda carry: carry[0] < len(triples), enlarge, start)[1]
-
-
-def _eigenvalue_bound(A: jax.Array) -> jax.Array:
-    """At least the largest eigenvalue of a Gram matrix, mostly less than five times as much."""
-    return jnp.minimum(
-        _square(A) ** 0.5, jnp.max(jnp.sum(jnp.abs(A), axis=-1, keepdims=True), -2, keepdims=True)
-    )
 
 
 @_polar.defjvp
