@@ -26,4 +26,7 @@ from sumo_optax._subspace_gradients import subspace_value_and_grad as subspace_v
 from sumo_optax._sumo import SumoState as SumoState
 from sumo_optax._sumo import scale_by_sumo as scale_by_sumo
 from sumo_optax._sumo import sumo as sumo
+from sumo_optax._value_and_update import LastNormState as LastNormState
+from sumo_optax._value_and_update import clip_by_last_norm as clip_by_last_norm
+from sumo_optax._value_and_update import value_and_update as value_and_update
 from sumo_optax._version import __version__ as __version__

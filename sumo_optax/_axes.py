@@ -1,9 +1,11 @@
 """Which leaves are matrices, and over which axes: read off path and shape by Flax's conventions."""
 
+import contextlib
+import contextvars
 import math
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +25,38 @@ _VECTORS = {"bias", "scale", "b", "g", "beta", "gamma", "offset", "mean", "var"}
 _KERNELS = {"kernel", "weight", "w"}
 _INTO_HEADS = re.compile(r"^(q|k|v|query|key|value)(_proj)?$")
 _OUT_OF_HEADS = re.compile(r"^(o|out)(_proj)?$")
+
+
+class Whole(NamedTuple):
+    """The tree of parameters that an `update` sees a part of."""
+
+    params: PyTree
+    parts: dict[Path, int]  # of each leaf
+
+
+_WHOLE: contextvars.ContextVar[Whole | None] = contextvars.ContextVar("whole", default=None)
+
+
+@contextlib.contextmanager
+def parts_of(whole: Whole):
+    """Under it a tree may hold some leaves alone, or some layers of a stack: these are the same
+    matrices with the same places in the tree as if it held them all.
+    """
+    token = _WHOLE.set(whole)
+    try:
+        yield
+    finally:
+        _WHOLE.reset(token)
+
+
+def whole_of(tree: PyTree) -> PyTree:
+    whole = _WHOLE.get()
+    return tree if whole is None else whole.params
+
+
+def part_of(path: Path) -> int:
+    whole = _WHOLE.get()
+    return 0 if whole is None else whole.parts[path]
 
 
 def path_names(path: tuple[Any, ...]) -> Path:
@@ -153,6 +187,14 @@ def resolve(
     weight_dimension_numbers: WeightDimensionNumbers | None, params: PyTree
 ) -> list[MatrixAxes | None]:
     """One entry for every leaf of `params`, in order: its axes as a matrix, or None."""
+    whole = whole_of(params)
+    axes = dict(zip(named_leaves(whole), _resolved(weight_dimension_numbers, whole), strict=True))
+    return [axes[path] for path in named_leaves(params)]
+
+
+def _resolved(
+    weight_dimension_numbers: WeightDimensionNumbers | None, params: PyTree
+) -> list[MatrixAxes | None]:
     if weight_dimension_numbers is None:
         weight_dimension_numbers = flax_dimension_numbers
     leaves = named_leaves(params)

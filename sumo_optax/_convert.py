@@ -22,9 +22,9 @@ from sumo_optax._axes import (
 )
 from sumo_optax._in_subspace import SubspaceState
 from sumo_optax._linalg import svd
-from sumo_optax._matrix import matrix_view
 from sumo_optax._mofasgd import MofasgdState
 from sumo_optax._sumo import SumoState
+from sumo_optax._view import matrix_view
 
 _OURS = (SumoState, MofasgdState)
 # optax.contrib has it from optax 0.2.7 on.

@@ -14,10 +14,12 @@ import jax.numpy as jnp
 import optax
 
 from sumo_optax import _check, _subspace
-from sumo_optax._axes import WeightDimensionNumbers, path_names
+from sumo_optax._axes import PyTree, WeightDimensionNumbers, path_names
 from sumo_optax._gradient import Update
+from sumo_optax._group import Rule
 from sumo_optax._linalg import choose
-from sumo_optax._matrix import PyTree, Rule, Side, lift
+from sumo_optax._matrix import lift
+from sumo_optax._view import Side
 
 SubspaceBasis = Literal["randomized_svd", "svd", "random", "online_pca"]
 

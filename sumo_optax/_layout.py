@@ -61,8 +61,12 @@ def explicit_spec(x: Any) -> PartitionSpec | None:
 
 def compiler_shards(x: Any) -> bool:
     """Whether an array lies on several devices in a way that its type does not say."""
-    mesh = jax.typeof(x).sharding.mesh
-    return mesh.size > 1 and AxisType.Auto in mesh.axis_types
+    return devices(x) > 1 and AxisType.Auto in jax.typeof(x).sharding.mesh.axis_types
+
+
+def devices(x: Any) -> int:
+    """How many an array's mesh has."""
+    return max(1, jax.typeof(x).sharding.mesh.size)
 
 
 def in_auto_mode(

@@ -17,11 +17,11 @@ from sumo_optax._axes import PyTree, WeightDimensionNumbers, named_leaves, path_
 from sumo_optax._gradient import WholeGradients
 from sumo_optax._in_subspace import FIRST_MOMENTS, SubspaceState
 from sumo_optax._linalg import frobenius_norm, orthonormal_columns, unit_scale
-from sumo_optax._matrix import View, matrix_views
 from sumo_optax._mofasgd import MofasgdState
 from sumo_optax._report import low_rank_states
 from sumo_optax._subspace import captured_energy
 from sumo_optax._sumo import SumoState
+from sumo_optax._view import View, matrix_views
 
 # What is said of all matrices together: the mean, or the worst.
 _SUMMARY = {

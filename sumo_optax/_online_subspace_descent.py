@@ -14,7 +14,8 @@ import optax
 from sumo_optax import _check
 from sumo_optax._axes import WeightDimensionNumbers
 from sumo_optax._in_subspace import OnlinePCA, in_subspace
-from sumo_optax._matrix import Side, descend
+from sumo_optax._matrix import descend
+from sumo_optax._view import Side
 
 
 def scale_by_online_subspace_descent(

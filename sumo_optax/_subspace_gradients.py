@@ -12,20 +12,19 @@ how one weight and one product meet.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core
-from jax.interpreters import partial_eval
 from jax.sharding import AxisType
 
 from sumo_optax._axes import PyTree, WeightDimensionNumbers, named_leaves
 from sumo_optax._gradient import ProjectedGradient
-from sumo_optax._matrix import View, matrix_views
+from sumo_optax._program import Evaluator, Scan, traced
 from sumo_optax._report import low_rank_states
 from sumo_optax._thin_products import Weight, as_array, product, reshaped, transposed
+from sumo_optax._view import View, matrix_views
 
 
 def subspace_value_and_grad(
@@ -97,19 +96,15 @@ def subspace_value_and_grad(
             )
         views = matrix_views(params, weight_dimension_numbers)
         bases = _bases(params, state, views)
-        traced, shapes = jax.make_jaxpr(
-            lambda *leaves: fun(treedef.unflatten(leaves), *args, **kwargs), return_shape=True
-        )(*leaves)
-        # Loops that hand weights on unchanged, as Flax's do, would form their whole gradients.
-        jaxpr, _ = partial_eval.dce_jaxpr(traced.jaxpr, [True] * len(traced.out_avals), True)
+        program = traced(lambda *leaves: fun(treedef.unflatten(leaves), *args, **kwargs), leaves)
 
         def of_variables(variables):
             inputs = [
                 x if view is None else Weight.of(leaf, view, *basis, probe=x)
                 for leaf, x, view, basis in zip(leaves, variables, views, bases, strict=True)
             ]
-            outputs = map(as_array, _evaluate(jaxpr, traced.consts, inputs))
-            return jax.tree.unflatten(jax.tree.structure(shapes), outputs)
+            outputs = _evaluate(program.jaxpr, program.consts, inputs)
+            return program.result([as_array(x) for x in outputs])
 
         variables = [
             leaf if view is None else _zero(leaf, view, *basis)
@@ -147,81 +142,50 @@ def _zero(leaf: jax.Array, view: View, Q: Any, V: Any) -> ProjectedGradient:
     )
 
 
-def _evaluate(jaxpr: core.Jaxpr, consts: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
-    """Runs a program some of whose inputs are weights with probes."""
-    values: dict[core.Var, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
-    values |= zip(jaxpr.invars, inputs, strict=True)
-    read = lambda x: x.val if isinstance(x, core.Literal) else values[x]
-    for eqn in jaxpr.eqns:
-        arguments = [read(x) for x in eqn.invars]
-        rule = _RULES.get(eqn.primitive.name)
-        if rule is None or not any(isinstance(x, Weight) for x in arguments):
-            rule = _bind
-        values |= zip(eqn.outvars, rule(eqn, *arguments), strict=True)
-    return [read(x) for x in jaxpr.outvars]
-
-
-def _bind(eqn: core.JaxprEqn, *arguments: Any) -> list[Any]:
-    """The primitive as it is; a weight enters it as an array whose gradient is projected."""
-    found = eqn.primitive.get_bind_params(eqn.params)
-    # Older versions of jax give a pair.
-    functions, parameters = found if isinstance(found, tuple) else ((), found)
-    outputs = eqn.primitive.bind(*functions, *map(as_array, arguments), **parameters)
-    return outputs if eqn.primitive.multiple_results else [outputs]
-
-
-def _dot_general(eqn: core.JaxprEqn, a: Any, b: Any) -> list[Any]:
+def _dot_general(run: Evaluator, eqn: Any, a: Any, b: Any) -> list[Any]:
     out = product(a, b, eqn.params)
-    return _bind(eqn, a, b) if out is None else [out]
+    return run.bind(eqn, a, b) if out is None else [out]
 
 
-def _shaped(rule, eqn: core.JaxprEqn, weight: Any) -> list[Any]:
+def _shaped(rule, run: Evaluator, eqn: Any, weight: Any) -> list[Any]:
     """Operations that leave a weight a weight, if in another type or order of its axes."""
-    [value] = _bind(eqn, weight.value)
+    [value] = run.bind(eqn, weight.value)
     new = rule(weight, value, eqn.params)
-    return _bind(eqn, weight) if new is None else [new]
+    return run.bind(eqn, weight) if new is None else [new]
 
 
-def _inlined(eqn: core.JaxprEqn, *arguments: Any) -> list[Any]:
-    inner = eqn.params["jaxpr"]
-    return _evaluate(inner.jaxpr, inner.consts, arguments)
-
-
-def _checkpoint(eqn: core.JaxprEqn, *arguments: Any) -> list[Any]:
-    run = lambda *x: [as_array(y) for y in _evaluate(eqn.params["jaxpr"], [], x)]
+def _checkpoint(run: Evaluator, eqn: Any, *arguments: Any) -> list[Any]:
+    inner = lambda *x: [as_array(y) for y in run(eqn.params["jaxpr"], [], x)]
     options = {name: eqn.params[name] for name in ("prevent_cse", "policy")}
-    return jax.checkpoint(run, **options)(*arguments)
+    return jax.checkpoint(inner, **options)(*arguments)
 
 
-def _scan(eqn: core.JaxprEqn, *arguments: Any) -> list[Any]:
+def _scan(run: Evaluator, eqn: Any, *arguments: Any) -> list[Any]:
     """Weights may be the same at each turn, or stacked along their first axis."""
-    inner = eqn.params["jaxpr"]
-    fixed, carried = eqn.params["num_consts"], eqn.params["num_carry"]
-    consts = arguments[:fixed]
-    carry = [as_array(x) for x in arguments[fixed : fixed + carried]]
-    stacks = [
-        x if not isinstance(x, Weight) or x.is_stack() else as_array(x)
-        for x in arguments[fixed + carried :]
-    ]
+    scan = Scan.of(eqn)
+    consts, carry, stacks = scan.split(arguments)
+    stacks = [x if not isinstance(x, Weight) or x.is_stack() else as_array(x) for x in stacks]
 
     def turn(carry, slices):
         slices = [x.unstacked() if isinstance(x, Weight) else x for x in slices]
-        outputs = _evaluate(inner.jaxpr, inner.consts, [*consts, *carry, *slices])
+        outputs = run(scan.body.jaxpr, scan.body.consts, [*consts, *carry, *slices])
         outputs = [as_array(x) for x in outputs]
-        return outputs[:carried], outputs[carried:]
+        return outputs[: scan.carry], outputs[scan.carry :]
 
-    options = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
-    carry, outputs = jax.lax.scan(turn, carry, stacks, **options)
+    carry, outputs = scan.run(turn, [as_array(x) for x in carry], stacks)
     return [*carry, *outputs]
 
 
-_RULES = {
-    "dot_general": _dot_general,
-    "transpose": functools.partial(_shaped, transposed),
-    "reshape": functools.partial(_shaped, reshaped),
-    "convert_element_type": functools.partial(_shaped, lambda w, value, _: w.as_(value)),
-    "jit": _inlined,
-    "pjit": _inlined,
-    "checkpoint": _checkpoint,
-    "scan": _scan,
-}
+_evaluate = Evaluator(
+    Weight,
+    as_array,
+    {
+        "dot_general": _dot_general,
+        "transpose": functools.partial(_shaped, transposed),
+        "reshape": functools.partial(_shaped, reshaped),
+        "convert_element_type": functools.partial(_shaped, lambda w, value, _: w.as_(value)),
+        "checkpoint": _checkpoint,
+        "remat2": _checkpoint,
+        "scan": _scan,
+    },
+)

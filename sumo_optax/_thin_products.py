@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from sumo_optax import _linalg
 from sumo_optax._gradient import ProjectedGradient
-from sumo_optax._matrix import View
+from sumo_optax._view import View
 
 Axes = tuple[int, ...]
 

@@ -30,7 +30,7 @@ from flax.training.train_state import TrainState
 from hypothesis import strategies
 from optax.contrib import MuonDimensionNumbers as Axes
 
-from sumo_optax import _matrix
+from sumo_optax import _group
 
 # Trees
 
@@ -143,16 +143,27 @@ def test_batched_equals_one_by_one(make, shape, devices, monkeypatch):
 
 
 @every_transformation
-def test_large_groups_are_taken_in_parts(make, monkeypatch):
-    """Five alike matrices, in stacks of two: the same numbers."""
-    params = {f"layers_{i}": {"kernel": jnp.ones((12, 6))} for i in range(5)}
-    tx, grads = make(), like(params, 0)
+@pytest.mark.parametrize("axis", [None, 0, 1])
+def test_large_groups_are_taken_in_parts(make, axis, monkeypatch):
+    """Six alike matrices, two at a time, in leaves of their own or stacked along an axis."""
+    matrices = [jnp.ones((12, 6))] * 6
+    stack = matrices if axis is None else [jnp.stack(matrices, axis)]
+    params = {f"layers_{i}": {"kernel": x} for i, x in enumerate(stack)}
+    spec = {None: Axes(0, 1), 0: Axes(1, 2), 1: Axes(0, 2)}[axis]
+    tx = make(weight_dimension_numbers=spec)
     state = tx.init(params)
-    together, _ = jax.jit(tx.update)(grads, state)
-    numbers = sum(x.size for x in jax.tree.leaves(tuple(state[1:-2])))
-    monkeypatch.setattr(_matrix, "_LARGEST_STACK", 2 * numbers // 5)
-    in_parts, _ = jax.jit(lambda grads, state: tx.update(grads, state))(grads, state)
-    assert_close(in_parts, together)
+    grads = [like(params, t) for t in range(2)]
+    largest = max(x.size for x in jax.tree.leaves(tuple(state[1:-2]))) * len(stack) // 6
+
+    def steps():
+        update, new_state = jax.jit(lambda *x: tx.update(*x)), state
+        for g in grads:
+            updates, new_state = update(g, new_state)
+        return updates, new_state
+
+    together = steps()
+    monkeypatch.setattr(_group, "_LARGEST_STACK", (2 if axis is None else 8) * largest)
+    assert_close(steps(), together)
 
 
 STACKS_ON_ONE_CPU = """
