@@ -20,7 +20,7 @@ import optax
 import program
 import training_step
 import tyro
-from compiled import CASES, NO_TARGET, OURS, PLANNED, Case
+from compiled import CASES, FUSED, NO_TARGET, OURS, PLANNED, Case
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from optax.contrib import MuonDimensionNumbers
@@ -81,7 +81,7 @@ def state_bytes(tx: optax.GradientTransformation, case: Case) -> tuple[int, int]
 
 
 def figures(
-    case: Case, tx: optax.GradientTransformation, keep: Path | None = None
+    case: Case, tx: optax.GradientTransformation, fused: bool = False, keep: Path | None = None
 ) -> dict[str, Any]:
     """Of the compiled step; its text is written to `keep`."""
     params, state, mesh = shapes(tx, case)
@@ -89,7 +89,8 @@ def figures(
     if case.update_alone:
         step, third = training_step.update_step(tx), params
     else:
-        step = training_step.train_step(case.model, tx, rows if case.fsdp else None)
+        make = training_step.fused_step if fused else training_step.train_step
+        step = make(case.model, tx, rows if case.fsdp else None)
         third = jax.ShapeDtypeStruct((mesh.size, case.model.length + 1), "int32", sharding=rows)
     shardings = jax.tree.map(lambda x: x.sharding, (params, state))
     jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=(*shardings, everywhere))
@@ -137,9 +138,8 @@ def main(
     resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 10))
     if why := targets.missing(CASES[case].target):
         raise SystemExit(f"{NO_TARGET}: {why}")
-    found = figures(
-        CASES[case], optimizer(name, CASES[case]), keep and keep / f"{case}, {name}.hlo"
-    )
+    tx = optimizer(name.removesuffix(", value_and_update"), CASES[case])
+    found = figures(CASES[case], tx, name in FUSED, keep and keep / f"{case}, {name}.hlo")
     print(json.dumps(found | planned(CASES[case], name)))
 
 

@@ -137,7 +137,9 @@ OURS: dict[str, tuple[str, dict[str, Any]]] = {
     "online_subspace_descent": ("online_subspace_descent", {}),
     "mofasgd": ("mofasgd", {}),
 }
-OPTIMIZERS = (*PEERS, *OURS)
+# With updates inside the backward pass, in cases that are whole training steps.
+FUSED = ("sumo, value_and_update", "adamw, value_and_update")
+OPTIMIZERS = (*PEERS, *OURS, *FUSED)
 # Of the code before matrices were stacked, kept for comparison.
 BEFORE = ("sumo, before",)
 PACKAGES = ("libtpu", "jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12")
@@ -309,7 +311,7 @@ def main(argv: list[str] | None = None) -> None:
     wanted = [
         (case, name)
         for case, name in itertools.product(config.cases, config.optimizers)
-        if name not in CASES[case].leave_out
+        if name not in CASES[case].leave_out and not (name in FUSED and CASES[case].update_alone)
     ]
     absent: dict[str, dict[str, Any]] = {}
 

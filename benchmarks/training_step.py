@@ -14,6 +14,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from optax.contrib import MuonDimensionNumbers
 
+import sumo_optax
+
 Tree = Any
 
 
@@ -115,6 +117,21 @@ def train_step(
         return optax.apply_updates(params, updates), state, value
 
     return step
+
+
+def fused_step(
+    model: Model, tx: optax.GradientTransformation, rows: NamedSharding | None
+) -> Callable[..., Tree]:
+    """The same with updates inside the backward pass."""
+    step = sumo_optax.value_and_update(
+        lambda params, tokens: loss(model, params, tokens, rows), tx, strict=True
+    )
+
+    def ordered(params, state, tokens):
+        value, params, state = step(params, state, tokens)
+        return params, state, value
+
+    return ordered
 
 
 def update_step(tx: optax.GradientTransformation) -> Callable[..., Tree]:
