@@ -33,6 +33,17 @@ def _parser() -> argparse.ArgumentParser:
         default="bfloat16",
         help="of parameters and gradients, by default bfloat16",
     )
+    command.add_argument(
+        "--state-dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of low-rank states, by default float32; AdamW's and Muon's have --dtype",
+    )
+    command.add_argument(
+        "--tokens",
+        type=int,
+        default=2048,
+        help="of the one sequence that the column 'fused' counts, by default 2,048",
+    )
     command.add_argument("--json", action="store_true", help="bytes as JSON instead of a table")
     return parser
 
@@ -48,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             rank=max(1, model.width // 4) if given.rank is None else given.rank,
             mesh={} if given.mesh is None else parse_mesh(given.mesh),
             dtype=given.dtype,
+            state_dtype=given.state_dtype,
+            tokens=given.tokens,
         )
         print(planned.as_json() if given.json else planned, flush=True)
     except (ValueError, TypeError, OSError) as error:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
+from sumo_optax import _check
 from sumo_optax._axes import PyTree, flax_dimension_numbers
 from sumo_optax._in_subspace import scale_in_subspace
 from sumo_optax._mofasgd import mofasgd
@@ -28,23 +29,24 @@ class Model(NamedTuple):
     width: int
     hidden: int
     layers: int
+    heads: int  # of queries
     query_width: int  # heads times the width of one
     key_width: int  # the same of keys and values
     tied: bool = False  # whether the embedding is the output head as well
 
 
-def _preset(width: int, hidden: int, layers: int, vocab: int = 32_000) -> Model:
-    return Model(vocab, width, hidden, layers, width, width)
+def _preset(width: int, hidden: int, layers: int, heads: int, vocab: int = 32_000) -> Model:
+    return Model(vocab, width, hidden, layers, heads, width, width)
 
 
 # Those of examples/pretrain.py: a byte-level one, and GaLore's (arXiv 2403.03507, appendix C).
 PRESETS = {
-    "tiny": _preset(128, 344, 4, vocab=256),
-    "60m": _preset(512, 1376, 8),
-    "130m": _preset(768, 2048, 12),
-    "350m": _preset(1024, 2736, 24),
-    "1b": _preset(2048, 5461, 24),
-    "7b": _preset(4096, 11008, 32),
+    "tiny": _preset(128, 344, 4, 4, vocab=256),
+    "60m": _preset(512, 1376, 8, 8),
+    "130m": _preset(768, 2048, 12, 12),
+    "350m": _preset(1024, 2736, 24, 16),
+    "1b": _preset(2048, 5461, 24, 32),
+    "7b": _preset(4096, 11008, 32, 32),
 }
 
 
@@ -56,6 +58,7 @@ class Row(NamedTuple):
     gradients: int
     projected: int | None  # gradients in the subspace, for those that can do with them
     state: int
+    fused: int | None  # peak of a training step with `value_and_update`, on one device
 
     @property
     def total(self) -> int:
@@ -69,6 +72,7 @@ class Plan(NamedTuple):
     parameters: int  # how many, all devices together
     dtype: str
     rank: int
+    tokens: int  # of the sequence that `fused` is for
     mesh: dict[str, int]
     rows: tuple[Row, ...]
 
@@ -83,19 +87,29 @@ class Plan(NamedTuple):
             "projected",
             "state",
             "total",
-            "state / AdamW's",
+            "fused",
+            "of AdamW's",
         )
         adamw = self.rows[0].state
         words = lambda x: "-" if x is None else in_words(x)
         rows = [
-            (x.optimizer, *map(words, (*x[1:], x.total)), f"{x.state / adamw:.2f}")
+            (
+                x.optimizer,
+                *map(words, (x.parameters, x.gradients, x.projected, x.state, x.total, x.fused)),
+                f"{x.state / adamw:.2f}",
+            )
             for x in self.rows
         ]
         return (
             f"{self.model}: {self.parameters:,} parameters in {self.dtype}, rank {self.rank};"
             f" {where}:\n\n{table([header, *rows])}\n\n"
-            "Activations and what a step needs for a moment are not in it. Projected gradients,\n"
-            "between refreshes, are not in the total; SUMO takes them with residual=None."
+            "The last column is the state over AdamW's. Activations and what a step needs for a\n"
+            "moment are not in the total. Projected gradients, between refreshes, are not in it\n"
+            "either; SUMO takes them with residual=None.\n\n"
+            "Fused is the peak of a training step with sumo_optax.value_and_update: one device,\n"
+            f"one sequence of {self.tokens:,} tokens, layers stacked and checkpointed. It counts\n"
+            "parameters, state, the layers' inputs, the head's gradient, and the larger of two:\n"
+            "the logits, or one layer's gradients, attention scores and arrays of its update."
         )
 
     def as_json(self) -> str:
@@ -103,8 +117,18 @@ class Plan(NamedTuple):
         return json.dumps({**self._asdict(), "rows": rows}, indent=2)
 
 
-def plan(name: str, model: Model, *, rank: int, mesh: dict[str, int], dtype: str) -> Plan:
+def plan(
+    name: str,
+    model: Model,
+    *,
+    rank: int,
+    mesh: dict[str, int],
+    dtype: str,
+    state_dtype: str | None = None,
+    tokens: int = 2048,
+) -> Plan:
     """Bytes of parameters, gradients and optimizer state per device; nothing is allocated."""
+    _check.integer("tokens", tokens, least=1)
     params = parameters(model, jnp.dtype(dtype))
     placed = None
     if math.prod(mesh.values()) > 1:
@@ -117,7 +141,7 @@ def plan(name: str, model: Model, *, rank: int, mesh: dict[str, int], dtype: str
         )
     held = bytes_on_a_device(params)
     rows = []
-    for optimizer, tx in optimizers(rank).items():
+    for optimizer, tx in optimizers(rank, state_dtype).items():
         state = (
             jax.eval_shape(tx.init, params)
             if placed is None
@@ -129,9 +153,38 @@ def plan(name: str, model: Model, *, rank: int, mesh: dict[str, int], dtype: str
             arrays = [x for found in like_them for _, tree in found for x in jax.tree.leaves(tree)]
             # They have the parameters' dtype, whatever the state's is.
             projected = bytes_on_a_device([x.update(dtype=jnp.dtype(dtype)) for x in arrays])
-        rows.append(Row(optimizer, held, held, projected, bytes_on_a_device(state)))
+        kept = bytes_on_a_device(state)
+        fused = None
+        if placed is None:
+            # Adam's update is made number by number, and needs no arrays.
+            needed = 0 if optimizer == "AdamW" else bytes_of_an_update(model, state)
+            fused = held + kept + bytes_of_a_fused_step(model, params, tokens, needed)
+        rows.append(Row(optimizer, held, held, projected, kept, fused))
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
-    return Plan(name, count, dtype, rank, mesh, tuple(rows))
+    return Plan(name, count, dtype, rank, tokens, mesh, tuple(rows))
+
+
+def bytes_of_a_fused_step(model: Model, params: PyTree, tokens: int, update: int) -> int:
+    """What a step with `value_and_update` holds for a while, at the most, beside what it keeps.
+
+    The layers' inputs are kept for the backward pass, and the head's gradient comes first and is
+    used last. Attention is XLA's: scores and their gradient in float32, weights in the model's
+    dtype. The compiler works out most of a layer's gradients and its update while these are there.
+    """
+    itemsize = params["norm"]["scale"].dtype.itemsize
+    inputs = model.layers * tokens * model.width * itemsize
+    head = model.vocab * model.width * itemsize
+    logits = tokens * model.vocab * (4 + itemsize)
+    gradients = bytes_on_a_device(params["layers"]) // model.layers
+    scores = model.heads * tokens**2 * (4 + 4 + itemsize)
+    return inputs + head + max(logits, gradients + scores + update)
+
+
+def bytes_of_an_update(model: Model, state: PyTree) -> int:
+    """Of a layer's matrices: about its state in float32, before and after."""
+    leaves = jax.tree.leaves_with_path(state)
+    of_layers = [x for path, x in leaves if "layers" in jax.tree_util.keystr(path)]
+    return 2 * 4 * sum(math.prod(x.shape) for x in of_layers) // model.layers
 
 
 # The names of state arrays that have the shapes of projected gradients, one array each; `mu` is
@@ -143,16 +196,18 @@ PROJECTED = {
 }
 
 
-def optimizers(rank: int) -> dict[str, optax.GradientTransformation]:
+def optimizers(
+    rank: int, state_dtype: str | None = None
+) -> dict[str, optax.GradientTransformation]:
     """AdamW first; the others train embedding, head and norms with Adam."""
-    galore = scale_in_subspace(optax.scale_by_adam(), rank, basis="svd")
+    galore = scale_in_subspace(optax.scale_by_adam(), rank, basis="svd", state_dtype=state_dtype)
     return {
         "AdamW": optax.adamw(1.0),
         "Muon": optax.contrib.muon(1.0, muon_weight_dimension_numbers=flax_dimension_numbers),
         "GaLore": optax.chain(galore, optax.scale_by_learning_rate(1.0)),
-        "SUMO": sumo(1.0, rank),
-        "Online Subspace Descent": online_subspace_descent(1.0, rank),
-        "MoFaSGD": mofasgd(1.0, rank),
+        "SUMO": sumo(1.0, rank, state_dtype=state_dtype),
+        "Online Subspace Descent": online_subspace_descent(1.0, rank, state_dtype=state_dtype),
+        "MoFaSGD": mofasgd(1.0, rank, state_dtype=state_dtype),
     }
 
 
@@ -254,6 +309,7 @@ def read_config(path: Path) -> Model:
         width=width,
         hidden=size("intermediate_size"),
         layers=size("num_hidden_layers"),
+        heads=heads,
         query_width=heads * head_width,
         key_width=size("num_key_value_heads", heads) * head_width,
         tied=bool(config.get("tie_word_embeddings")),

@@ -18,7 +18,7 @@ import sumo_optax
 from sumo_optax import __main__ as program
 from sumo_optax import _plan, abstract_state
 
-SMALL = _plan.Model(vocab=64, width=32, hidden=48, layers=2, query_width=32, key_width=32)
+SMALL = _plan.Model(vocab=64, width=32, hidden=48, layers=2, heads=2, query_width=32, key_width=32)
 SHAPE = llama.LlamaConfig(vocab=64, width=32, hidden=48, heads=2, layers=2, scan_layers=True)
 MESHES = ["fsdp=8", "data=2,fsdp=2,tensor=2"]
 
@@ -42,7 +42,7 @@ def test_presets_are_those_of_pretrain():
     assert list(_plan.PRESETS) == list(llama.PRESETS)
     for name, model in _plan.PRESETS.items():
         theirs = llama.PRESETS[name]
-        assert model[1:4] == (theirs.width, theirs.hidden, theirs.layers)
+        assert model[1:5] == (theirs.width, theirs.hidden, theirs.layers, theirs.heads)
         assert model.query_width == model.key_width == theirs.width
     assert _plan.PRESETS["tiny"].vocab == tokens.ByteTokenizer.vocab
 
@@ -108,6 +108,61 @@ def test_projected_gradients_are_those_of_real_arrays(name):
     state = jax.eval_shape(_plan.optimizers(4)[name].init, params)
     grads = jax.eval_shape(sumo_optax.subspace_value_and_grad(loss), params, state)[1]
     assert rows_of()[name].projected == sum(4 * x.size for x in jax.tree.leaves(grads))
+
+
+# Peak bytes of a step with `value_and_update` on one H100 by preset, tokens, optimizer, as compiled
+# with jax 0.10.2: benchmarks/compile_one.py train_7b_h100 "sumo, value_and_update" and the like,
+# those of other lengths with Model.length changed.
+COMPILED = {
+    ("7b", 2048, "SUMO"): 22_102_766_020,
+    ("7b", 1024, "SUMO"): 21_263_692_996,
+    ("7b", 256, "SUMO"): 20_992_245_444,
+    ("7b", 2048, "AdamW"): 42_973_601_844,
+    ("7b", 256, "AdamW"): 41_039_913_012,
+    ("7b", 2048, "Muon"): 32_889_189_620,
+    ("1b", 4096, "SUMO"): 11_546_918_276,
+    ("1b", 2048, "SUMO"): 7_097_883_524,
+    ("1b", 512, "SUMO"): 5_644_185_220,
+    ("1b", 4096, "AdamW"): 14_071_722_804,
+    ("1b", 2048, "AdamW"): 9_919_070_772,
+    ("1b", 512, "AdamW"): 8_351_167_540,
+    ("1b", 2048, "Muon"): 8_216_219_124,
+    ("1b", 512, "Muon"): 6_686_720_756,
+    ("1b", 2048, "MoFaSGD"): 7_321_931_732,
+    ("1b", 2048, "Online Subspace Descent"): 9_715_090_900,
+}
+
+
+@pytest.mark.parametrize(("name", "tokens"), sorted({key[:2] for key in COMPILED}))
+def test_peaks_are_within_a_tenth_of_the_compilers(name, tokens):
+    rank, state_dtype = {"7b": (1024, "bfloat16"), "1b": (512, "float32")}[name]
+    planned = _plan.plan(
+        name,
+        _plan.PRESETS[name],
+        rank=rank,
+        mesh={},
+        dtype="bfloat16",
+        state_dtype=state_dtype,
+        tokens=tokens,
+    )
+    fused = {row.optimizer: row.fused for row in planned.rows}
+    compiled = {key[2]: peak for key, peak in COMPILED.items() if key[:2] == (name, tokens)}
+    for optimizer, peak in compiled.items():
+        assert fused[optimizer] == pytest.approx(peak, rel=0.1), optimizer
+
+
+def test_a_peak_grows_with_the_square_of_the_tokens():
+    params = _plan.parameters(SMALL, jnp.bfloat16)
+    peak = lambda tokens: _plan.bytes_of_a_fused_step(SMALL, params, tokens, update=0)
+    assert peak(2048) - peak(1024) > 3 * (peak(1024) - peak(512)) > 0
+
+
+def test_logits_can_be_the_peak():
+    params = _plan.parameters(SMALL, jnp.bfloat16)
+    peak = lambda vocab: _plan.bytes_of_a_fused_step(
+        SMALL._replace(vocab=vocab), params, tokens=8, update=0
+    )
+    assert peak(200_000) - peak(100_000) == 100_000 * (8 * (4 + 2) + 32 * 2)
 
 
 @pytest.mark.slow
@@ -179,6 +234,7 @@ def test_table_and_json_say_the_same(capsys):
         (line,) = (x for x in lines if x.startswith(row["optimizer"] + " "))
         assert f"{row['state'] / data['rows'][0]['state']:.2f}" == line.split()[-1]
         assert row["total"] == row["parameters"] + row["gradients"] + row["state"]
+        assert row["fused"] is None, "it is for one device"
     assert max(map(len, lines)) <= 100
 
 
@@ -189,6 +245,8 @@ def test_table_and_json_say_the_same(capsys):
         (["plan"], "one of the arguments --preset --config is required"),
         (["plan", "--preset", "8b"], "invalid choice: '8b'"),
         (["plan", "--preset", "7b", "--rank", "0"], "rank must be an integer of at least 1, got 0"),
+        (["plan", "--preset", "7b", "--tokens", "0"], "tokens must be an integer of at least 1"),
+        (["plan", "--preset", "7b", "--state-dtype", "int8"], "invalid choice: 'int8'"),
         (["plan", "--preset", "7b", "--mesh", "fsdp=0"], "got 'fsdp=0'"),
         (["plan", "--preset", "7b", "--mesh", "fsdp=2,fsdp=4"], "got 'fsdp=2,fsdp=4'"),
         (["plan", "--config", "{tmp}/none.json"], "No such file"),
