@@ -6,6 +6,8 @@ from sumo_optax._convert import convert_state as convert_state
 from sumo_optax._gradient import ProjectedGradient as ProjectedGradient
 from sumo_optax._in_subspace import SubspaceState as SubspaceState
 from sumo_optax._in_subspace import scale_in_subspace as scale_in_subspace
+from sumo_optax._last_norm import LastNormState as LastNormState
+from sumo_optax._last_norm import clip_by_last_norm as clip_by_last_norm
 from sumo_optax._linalg import polar_factor as polar_factor
 from sumo_optax._metrics import MeasuredState as MeasuredState
 from sumo_optax._metrics import SubspaceMetrics as SubspaceMetrics
@@ -26,7 +28,5 @@ from sumo_optax._subspace_gradients import subspace_value_and_grad as subspace_v
 from sumo_optax._sumo import SumoState as SumoState
 from sumo_optax._sumo import scale_by_sumo as scale_by_sumo
 from sumo_optax._sumo import sumo as sumo
-from sumo_optax._value_and_update import LastNormState as LastNormState
-from sumo_optax._value_and_update import clip_by_last_norm as clip_by_last_norm
 from sumo_optax._value_and_update import value_and_update as value_and_update
 from sumo_optax._version import __version__ as __version__

@@ -85,7 +85,7 @@ def groups_of(
     With explicit axes their types say so. Where the compiler alone shards, leaves of one role do:
     those whose paths are the same but for numbers of layers.
     """
-    alike: dict[tuple, list[int]] = {}
+    alike: dict[Any, list[int]] = {}
     for k, (path, G, view) in enumerate(matrices):
         [array, *_] = jax.tree.leaves(G)
         spec = _layout.explicit_spec(array)
@@ -99,13 +99,13 @@ def groups_of(
     for (_, traits), members in alike.items():
         size = sizes[members[0]] // traits[-1]
         if size * len(members) <= _LARGEST_STACK:
-            groups.append(Group(*traits, "", members))
+            groups.append(Group._make((*traits, "", members)))
             continue
         most = max(1, _LARGEST_STACK // max(1, size))
         for number, same in itertools.groupby(members, layer):
             same = list(same)
             parts = [same[i : i + most] for i in range(0, len(same), most)]
-            groups += [Group(*traits, number, part) for part in parts]
+            groups += [Group._make((*traits, number, part)) for part in parts]
     return groups
 
 

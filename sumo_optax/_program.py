@@ -170,8 +170,7 @@ class Pullback(NamedTuple):
     What that needs is most often among the inputs, and is then not an output again.
     """
 
-    fun: Callable[..., list[Any]]  # of flat inputs: flat outputs, then what is to be kept
-    outputs: int
+    fun: Callable[..., tuple[list[Any], list[Any]]]  # of flat inputs: outputs, what is to be kept
     kept: list[int | None]  # for each thing that is needed, which input it is
     structure: Any
 
@@ -193,7 +192,7 @@ class Pullback(NamedTuple):
             found = run(*flat)
             return found[:n], [x for x, i in zip(found[n:], kept, strict=True) if i is None]
 
-        return cls(both, n, kept, jax.tree.structure(pullback))
+        return cls(both, kept, jax.tree.structure(pullback))
 
     def back(self, inputs: Sequence[Any], kept: Sequence[Any]) -> Callable[..., Any]:
         rest = iter(kept)

@@ -8,20 +8,17 @@ takes apart are updated in the scan's own backward pass, one layer a turn, in pl
 
 import dataclasses
 import functools
-import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sumo_optax import _check
-from sumo_optax._axes import Path, PyTree, Whole, named_leaves, parts_of, path_names, path_string
-from sumo_optax._program import Evaluator, Pullback, Scan, sources, traced, uses
-
-Arrays = list[jax.Array]
+from sumo_optax._axes import Path, named_leaves, path_string
+from sumo_optax._parts import Arrays, Parts, numbers_of_parts
+from sumo_optax._program import Evaluator, Pullback, Scan, traced, uses
 
 
 def value_and_update(
@@ -74,11 +71,11 @@ def value_and_update(
       >>> matrices = optax.contrib.MuonDimensionNumbers(1, 2)
       >>> tx = sumo_optax.sumo(0.01, rank=2, weight_dimension_numbers=matrices)
       >>> params = {"layers": 0.1 * jax.random.normal(jax.random.key(0), (4, 8, 8))}
-      >>> state = tx.init(params)
+      >>> state, before = tx.init(params), loss(params, jnp.eye(8))
       >>> step = jax.jit(sumo_optax.value_and_update(loss, tx), donate_argnums=(0, 1))
       >>> for _ in range(10):
       ...     value, params, state = step(params, state, jnp.eye(8))
-      >>> bool(value < loss({"layers": jnp.zeros((4, 8, 8))}, jnp.eye(8)))
+      >>> bool(value < before)
       True
 
     References:
@@ -94,7 +91,8 @@ def value_and_update(
         used = uses(program.jaxpr)
         if strict:
             _check_loops(paths, used.taken_apart - set(used.loops))
-        parts = _Parts.of(tx, params, state, _numbers_of_parts(paths, used.loops))
+        parts = Parts.of(tx, params, state, numbers_of_parts(paths, used.loops))
+        parts.check_stacked(used.loops)
         adding = parts.adding()
 
         def of_variables(variables):
@@ -119,77 +117,26 @@ def value_and_update(
             return program.result(run(program.jaxpr, program.consts, inputs))
 
         held = {part: list(map(_as_float, parts.held(part))) for part in parts.inside}
-        added = {part: [jnp.zeros([])] * len(adding) for part in parts.inside}
+        added = {part: [jnp.zeros([], jnp.float32)] * len(adding) for part in parts.inside}
         value, (new, held, added) = jax.value_and_grad(of_variables, has_aux=has_aux)(
             (leaves, held, added)
         )
+        held = {
+            part: [
+                _from_float(x, old.dtype) for x, old in zip(arrays, parts.held(part), strict=True)
+            ]
+            for part, arrays in held.items()
+        }
         rest = parts.members[0]
         own = lambda arrays: [arrays[i] for i in rest]
         last, held[0], shared = parts.update(0, own(new), own(leaves), parts.held(0), parts.shared)
         for i, x in zip(rest, last, strict=True):
             new[i] = x
         for k, more in zip(adding, zip(*added.values(), strict=True), strict=True):
-            shared[k] += sum(more).astype(shared[k].dtype)
+            shared[k] += jnp.sum(jnp.stack(more)).astype(shared[k].dtype)
         return value, treedef.unflatten(new), parts.state_of(held, shared)
 
     return step
-
-
-class LastNormState(NamedTuple):
-    squared: jax.Array  # float32 scalar: ||g||² of the last gradients
-
-
-def clip_by_last_norm(max_norm: float) -> optax.GradientTransformation:
-    """Clips gradients by their global norm of the step before.
-
-    .. math:: g_t \\leftarrow g_t \\min(1, c / ||g_{t-1}||)
-
-    The norm of all gradients is known only when all are there, and with :func:`value_and_update`
-    they never are. The first step is not clipped.
-
-    Args:
-      max_norm: c, above 0.
-
-    Returns:
-      An ``optax.GradientTransformation`` with state :class:`LastNormState`.
-
-    Raises:
-      ValueError, TypeError: `max_norm` is no positive number.
-
-    Examples:
-      >>> import optax, sumo_optax
-      >>> tx = optax.chain(sumo_optax.clip_by_last_norm(1.0), optax.adamw(1e-3))
-    """
-    _check.number("max_norm", max_norm, above=0)
-
-    def init(params):
-        del params
-        return LastNormState(jnp.zeros([], jnp.float32))
-
-    def update(updates, state, params=None):
-        del params
-        norm = jnp.sqrt(state.squared)
-        usable = jnp.isfinite(norm) & (norm > 0)
-        scale = jnp.where(usable, jnp.minimum(1, max_norm / jnp.where(usable, norm, 1)), 1)
-        square = lambda g: jnp.sum(jnp.square(g.astype(jnp.float32)))
-        squared = sum(map(square, jax.tree.leaves(updates)), start=jnp.zeros([], jnp.float32))
-        return jax.tree.map(lambda g: g * scale.astype(g.dtype), updates), LastNormState(squared)
-
-    return optax.GradientTransformation(init, update)
-
-
-def _numbers_of_parts(paths: list[Path], loops: dict[int, int]) -> dict[Path, int]:
-    """0 for what is updated last; leaves of one loop, or of one layer, have a number in common."""
-    names: dict[Any, int] = {}
-    number = lambda name: names.setdefault(name, len(names) + 1)
-    parts = {}
-    for i, path in enumerate(paths):
-        depth = next((k for k, name in enumerate(path) if re.search(r"\d", name)), None)
-        if i in loops:
-            parts[path] = number(loops[i])
-        else:
-            parts[path] = 0 if depth is None else number(path[: depth + 1])
-    return parts
 
 
 def _check_loops(paths: list[Path], missed: set[int]) -> None:
@@ -201,146 +148,7 @@ def _check_loops(paths: list[Path], missed: set[int]) -> None:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Parts:
-    """Which leaves of parameters and state are updated together.
-
-    A leaf of the state belongs to the parameter in whose path its own path ends, or is shared: a
-    counter or a hyperparameter. Part 0 is updated last, and its update of what is shared counts.
-    """
-
-    tx: optax.GradientTransformationExtraArgs
-    whole: Whole
-    members: dict[int, list[int]]  # of each part: leaves of the parameters
-    treedef: Any  # of the parameters
-    state: Arrays
-    state_def: Any
-    owners: list[int | None]  # of each leaf of the state: a leaf of the parameters
-    sums: list[bool]  # of each leaf of the state: whether it is a sum over all gradients
-
-    @classmethod
-    def of(cls, tx: Any, params: PyTree, state: PyTree, numbers: dict[Path, int]):
-        members: dict[int, list[int]] = {0: []}
-        for i, part in enumerate(numbers.values()):
-            members.setdefault(part, []).append(i)
-        index = {path: i for i, path in enumerate(numbers)}
-        named, state_def = jax.tree_util.tree_flatten_with_path(state)
-        # The longest path of a parameter that a path in the state ends in.
-        ends = lambda path: (index.get(path[k:]) for k in range(len(path)))
-        owner = lambda path: next((i for i in ends(path) if i is not None), None)
-        is_sum = lambda x: isinstance(x, LastNormState)
-        sums = jax.tree.map(lambda x: jax.tree.map(lambda _: is_sum(x), x), state, is_leaf=is_sum)
-        return cls(
-            tx,
-            Whole(params, numbers),
-            members,
-            jax.tree.structure(params),
-            [x for _, x in named],
-            state_def,
-            [owner(path_names(path)) for path, _ in named],
-            jax.tree.leaves(sums),
-        )
-
-    @property
-    def inside(self) -> list[int]:
-        """Parts that are updated inside the backward pass."""
-        return [part for part in self.members if part]
-
-    @property
-    def shared(self) -> Arrays:
-        return [x for x, i in zip(self.state, self.owners, strict=True) if i is None]
-
-    def held(self, part: int) -> Arrays:
-        """The state of a part's leaves."""
-        own = set(self.members[part])
-        return [x for x, i in zip(self.state, self.owners, strict=True) if i in own]
-
-    def update(
-        self, part: int, grads: Arrays, values: Arrays, held: Arrays, shared: Arrays
-    ) -> tuple[Arrays, Arrays, Arrays]:
-        """New values, new state, and the new state of what all parts share."""
-        own = set(self.members[part])
-        leaves = range(self.treedef.num_leaves)
-        masked = lambda arrays: self.treedef.unflatten(_filled(leaves, own, arrays))
-        common = iter(shared)
-        state = [
-            next(common) if i is None else x
-            for i, x in zip(self.owners, _filled(self.owners, own, held), strict=True)
-        ]
-        params = masked(values)
-        with parts_of(self.whole):
-            updates, new = self.tx.update(masked(grads), self.state_def.unflatten(state), params)
-        owners = [i for i in self.owners if i is None or i in own]
-        new = list(zip(owners, jax.tree.leaves(new), strict=True))
-        new_held = [(i, x) for i, x in new if i is not None]
-        for (i, x), old in zip(new_held, held, strict=True):
-            if x.shape != old.shape:
-                raise ValueError(
-                    f"the state of {self._name(i)} is not stacked like it: that of one layer has"
-                    f" shape {old.shape} before an update and {x.shape} after it"
-                )
-        new_held = [x.astype(old.dtype) for (_, x), old in zip(new_held, held, strict=True)]
-        new_values = jax.tree.leaves(optax.apply_updates(params, updates))
-        return new_values, new_held, [x for i, x in new if i is None]
-
-    def adding(self) -> list[int]:
-        """Which of what is shared every part adds to; ValueError if parts depend on each other."""
-        if not self.inside:
-            return []
-        leaves = jax.tree.leaves(self.whole.params)
-        state = self.state_def.unflatten(self.state)
-        with parts_of(self.whole):
-            program = jax.make_jaxpr(self.tx.update)(self.whole.params, state, self.whole.params)
-        own = [frozenset([i]) for i in range(len(leaves))]
-        nothing = [frozenset()] * (len(program.jaxpr.invars) - len(leaves))
-        found = sources(program.jaxpr, own + nothing)
-        part = list(self.whole.parts.values())
-        for i, seen in zip([*range(len(leaves)), *self.owners], found, strict=True):
-            for other in () if i is None else seen:
-                if part[other] != part[i]:
-                    self._refuse(f"the update of {self._name(i)}", other)
-        shared = [
-            (x, is_sum, seen)
-            for x, is_sum, i, seen in zip(
-                self.state, self.sums, self.owners, found[len(leaves) :], strict=True
-            )
-            if i is None
-        ]
-        for x, is_sum, seen in shared:
-            if seen and not (is_sum or jnp.issubdtype(x.dtype, jnp.integer)):
-                self._refuse(f"a state of shape {x.shape}", min(seen))
-        return [k for k, (_, _, seen) in enumerate(shared) if seen]
-
-    def _refuse(self, what: str, other: int) -> NoReturn:
-        raise ValueError(
-            f"{what} depends on the gradient of {self._name(other)}, which is not there at the same"
-            " time: clip_by_global_norm and the like look at all gradients together. SUMO's step"
-            " does not depend on the gradient's size; sumo_optax.clip_by_last_norm clips by the"
-            " norm of the step before"
-        )
-
-    def state_of(self, held: dict[int, Arrays], shared: Arrays) -> PyTree:
-        """The whole state, from that of the parts and from what they share."""
-        part = list(self.whole.parts.values())
-        each = {number: iter(arrays) for number, arrays in held.items()}
-        common = iter(shared)
-        leaves = [
-            next(common) if i is None else _from_float(next(each[part[i]]), x.dtype)
-            for x, i in zip(self.state, self.owners, strict=True)
-        ]
-        return self.state_def.unflatten(leaves)
-
-    def _name(self, i: int) -> str:
-        return path_string(list(self.whole.parts)[i])
-
-
-def _filled(owners: Sequence[int | None], own: set[int], arrays: Arrays) -> list[Any]:
-    """Arrays in the place of what belongs to a part; nothing in that of all else."""
-    each = iter(arrays)
-    return [next(each) if i in own else optax.MaskedNode() for i in owners]
-
-
-def _update_inside(parts: _Parts, adding: list[int], part: int) -> Callable[..., Any]:
+def _update_inside(parts: Parts, adding: list[int], part: int) -> Callable[..., Any]:
     """An update whose results may leave the backward pass as gradients: floating-point numbers."""
     dtypes = [x.dtype for x in parts.held(part)]
 
@@ -421,6 +229,7 @@ def _scan(update_of, extra, run: Evaluator, eqn: Any, *arguments: Any) -> list[A
         outputs = scan.turn(*consts, *carry, *slices)
         return outputs[: scan.carry], outputs[scan.carry :]
 
+    carried = [jax.typeof(x) for x in carry]
     slices = scan.slices()
     layer = [slices[k].update(dtype=xs[k].value.dtype) for k in places]
     rest = [x for k, x in enumerate(slices) if k not in places]
@@ -450,10 +259,10 @@ def _scan(update_of, extra, run: Evaluator, eqn: Any, *arguments: Any) -> list[A
             at = lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, keepdims=False)
             put = lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, i, 0)
             layer = [at(x) for x in stacks]
-            inputs = [*consts, *carry, *layer, *[at(x) for x in others]]
+            inputs = [*consts, *[None] * scan.carry, *layer, *[at(x) for x in others]]
             back = pullback.back(inputs, [at(x) for x in kept])
             d_slices = [at(d) if _is_float(d) else d[0] for d in d_ys]
-            found = back((_with_blanks(d_carry, carry), d_slices))
+            found = back((_with_blanks(d_carry, carried), d_slices))
             more, d_carry, grads, d_slices = (list(map(_float_or_none, x)) for x in found)
             one = lambda arrays: [x[None] for x in arrays]
             new, new_held, new_added = update(
@@ -472,7 +281,7 @@ def _scan(update_of, extra, run: Evaluator, eqn: Any, *arguments: Any) -> list[A
         start = (
             stacks,
             held,
-            [jnp.zeros([])] * len(extra[part][1]),
+            [jnp.zeros([], jnp.float32)] * len(extra[part][1]),
             zeros(consts),
             list(map(_float_or_none, d_carry)),
             zeros(others),
