@@ -173,10 +173,15 @@ def complete(
     return known | chosen | settings
 
 
-def create(name: str, steps: int, options: Mapping[str, Any]) -> optax.GradientTransformation:
-    """An optimizer after clipping by the global norm; its learning rates follow the schedule."""
+def create(
+    name: str,
+    steps: int,
+    options: Mapping[str, Any],
+    clip: Callable[[float], optax.GradientTransformation] = optax.clip_by_global_norm,
+) -> optax.GradientTransformation:
+    """An optimizer after clipping to a norm of 1; its learning rates follow the schedule."""
     arguments = {
         option: schedule(value, steps) if option.endswith("learning_rate") else value
         for option, value in options.items()
     }
-    return optax.chain(optax.clip_by_global_norm(1.0), find(name)(**arguments))
+    return optax.chain(clip(1.0), find(name)(**arguments))

@@ -56,6 +56,8 @@ class Config(optimizers.Arguments, Base):
 
     subspace_gradients: bool = False
     """Between refreshes, backpropagate into the subspaces alone: for sumo and mofasgd."""
+    fused: bool = False
+    """Update each layer inside the backward pass, with clipping by the norm of the step before."""
 
     data: str | None = None
     """A text file, a folder or hf:NAME[:CONFIG]; by default the Python standard library."""
@@ -169,7 +171,7 @@ def prepare(config: Config) -> Pretraining:
         rank=max(1, config.width // 4),
         subspace_gradients=config.subspace_gradients,
     )
-    tx = measured(config, optimizers.create(config.optimizer, config.steps, options))
+    tx = measured(config, optimizer_of(config, options))
     corpus = text.load(
         config.data,
         config.tokenizer,
@@ -232,6 +234,23 @@ def record(config: Config, options: dict[str, Any], corpus: text.Corpus) -> dict
     return given | options | data
 
 
+def optimizer_of(config: Config, options: dict[str, Any]) -> optax.GradientTransformation:
+    """The optimizer, with the clipping that the step can do."""
+    if not config.fused:
+        return optimizers.create(config.optimizer, config.steps, options)
+    if config.subspace_gradients:
+        raise ValueError(
+            "--fused updates each layer from its whole gradient; leave out --subspace-gradients"
+        )
+    if config.optimizer == "galore":
+        raise ValueError(
+            "galore of optax fails on a layer without matrices; leave out --fused or choose another"
+            " --optimizer"
+        )
+    # The global norm is known only when no gradient is left to clip.
+    return optimizers.create(config.optimizer, config.steps, options, sumo_optax.clip_by_last_norm)
+
+
 def measured(config: Config, tx: optax.GradientTransformation) -> optax.GradientTransformation:
     """The same, measuring its subspaces where that was asked for."""
     if not config.log_subspace:
@@ -277,16 +296,25 @@ def compiled(pretraining: Pretraining) -> training.Step:
     """A step of training; of two kinds, where most of them need no whole gradient."""
     config, options, _, tx, loss, run = pretraining
     value_and_grad = sumo_optax.subspace_value_and_grad(loss)
+    value_and_update = sumo_optax.value_and_update(loss, tx)
+
+    def updated(
+        state: State, windows: jax.Array, full: bool
+    ) -> tuple[jax.Array, optax.Params, optax.OptState]:
+        if config.fused:
+            return value_and_update(state.params, state.optimizer, windows)
+        loss, gradients = value_and_grad(state.params, state.optimizer, windows, full=full)
+        updates, optimizer = tx.update(gradients, state.optimizer, state.params)
+        return loss, optax.apply_updates(state.params, updates), optimizer
 
     def step_function(
         state: State, windows: jax.Array, full: bool
     ) -> tuple[State, dict[str, jax.Array]]:
-        loss, gradients = value_and_grad(state.params, state.optimizer, windows, full=full)
-        updates, optimizer = tx.update(gradients, state.optimizer, state.params)
+        loss, params, optimizer = updated(state, windows, full)
         logged = {"loss": loss}
         if config.log_subspace:
             logged |= sumo_optax.subspace_metrics(optimizer).summary
-        return State(optax.apply_updates(state.params, updates), optimizer), logged
+        return State(params, optimizer), logged
 
     shape = (config.batch, config.length + 1)
     example = jax.ShapeDtypeStruct(shape, np.int32, sharding=run.batch_sharding)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import llama
 import numpy as np
+import optax
 import optimizers
 import orbax.checkpoint as ocp
 import pretrain
@@ -268,6 +269,31 @@ def test_learns_from_gradients_in_the_subspace(run, arguments, tmp_path, monkeyp
     assert json.loads((tmp_path / "whole/config.json").read_text())["subspace_gradients"]
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--optimizer adamw --scan-layers",
+        pytest.param("--optimizer sumo", marks=pytest.mark.slow),
+        pytest.param(
+            "--optimizer sumo --scan-layers --mesh data=2,fsdp=2,tensor=2", marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_updates_inside_the_backward_pass_are_the_ordinary_ones(
+    run, arguments, tmp_path, monkeypatch
+):
+    """But for clipping, which is by another norm."""
+    create = optimizers.create
+    unclipped = lambda norm: optax.identity()
+    monkeypatch.setattr(optimizers, "create", lambda *given: create(*given[:3], unclipped))
+    shared = f"{arguments} --layers 2 --steps 6"
+    assert run(f"{shared} --out ordinary") == 0
+    assert run(f"{shared} --fused --out fused") == 0
+    expected = np.array(losses(tmp_path / "ordinary"))
+    np.testing.assert_allclose(losses(tmp_path / "fused"), expected, rtol=1e-4)
+    assert expected[-1, 1] < expected[0, 1] - 0.3, "it trains"
+
+
 def test_learns_and_writes_all_it_says(run, capsys, tmp_path):
     assert run("--optimizer adamw --steps 60 --out out") == 0
     out = tmp_path / "out"
@@ -288,6 +314,7 @@ def test_learns_and_writes_all_it_says(run, capsys, tmp_path):
     [
         "--optimizer sumo --refresh-every 5",
         "--optimizer adamw --scan-layers --data hf:{hub} --tokenizer bpe:280",
+        "--optimizer adamw --scan-layers --fused",
     ],
 )
 def test_resumed_run_equals_an_unbroken_one(run, hub_folder, extra, tmp_path, monkeypatch):
@@ -543,6 +570,8 @@ def refused(capsys, code: int, *words: str) -> None:
         ("--optimizer muon --log-subspace", ["muon", "no subspace", "--log-subspace"]),
         ("--optimizer adamw --subspace-gradients", ["adamw", "sumo and mofasgd have"]),
         ("--log-subspace --subspace-gradients", ["whole gradients", "leave out"]),
+        ("--fused --subspace-gradients", ["--fused", "leave out --subspace-gradients"]),
+        ("--fused --optimizer galore", ["galore", "leave out --fused"]),
     ],
 )
 def test_wrong_arguments_are_one_clear_line(run, capsys, tmp_path, arguments, words):
