@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 
 import convergence
+import jax
+from test_plan import COMPILED
 
 ROOT = Path(__file__).parents[1]
 
@@ -17,11 +19,33 @@ def test_code_runs():
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     for block, scope in zip(blocks, scopes, strict=True):
         exec(block, scope)
-    loop, mesh = scopes
+    fused, loop, mesh = scopes
+    start = {"layers": {"kernel": jax.numpy.zeros((4, 32, 32))}}
+    assert fused["value"] < fused["loss"](start, jax.random.normal(jax.random.key(19), (8, 32)))
     assert float(loop["loss"]) < 1.0, "twenty steps towards the identity on unit noise"
     updates, state = mesh["update"](mesh["params"], mesh["state"], mesh["params"])
     assert updates["dense"]["kernel"].sharding.spec == mesh["P"]("fsdp")
     assert state[0].basis["dense"]["kernel"].shape == (512, 128)
+
+
+def test_peaks_of_7b_are_the_compilers():
+    """In the manual too. The ordinary step with SUMO peaks at 35,089,111,292 bytes."""
+    rows = json.loads((ROOT / "benchmarks/results/compiled.json").read_text())["rows"]
+    (ordinary,) = (
+        row["peak_bytes"]
+        for row in rows
+        if (row["case"], row["optimizer"]) == ("train_7b_h100", "adamw")
+    )
+    peaks = {
+        "AdamW": (ordinary, COMPILED["7b", 2048, "AdamW"]),
+        "SUMO, rank 1024": (35_089_111_292, COMPILED["7b", 2048, "SUMO"]),
+    }
+    for page in (README, (ROOT / "docs/one_card.md").read_text()):
+        for name, (before, after) in peaks.items():
+            assert f"| {name} | {before / 2**30:.1f} | {after / 2**30:.1f} |\n" in page
+        words = " ".join(page.split())
+        assert f"{COMPILED['7b', 2048, 'SUMO'] / 2**30:.1f} GiB" in words
+        assert f"{ordinary / 2**30:.1f} GiB" in words
 
 
 def test_bytes_sent_are_the_recorded_ones():
