@@ -6,7 +6,6 @@ from collections.abc import Container, Sequence
 from typing import Any, NoReturn
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from sumo_optax._axes import Path, PyTree, Whole, parts_of, path_names, path_string
@@ -32,6 +31,7 @@ class Parts:
     state_def: Any
     owners: list[int | None]  # of each leaf of the state: a leaf of the parameters
     sums: list[bool]  # of each leaf of the state: whether it is a sum over all gradients
+    counts: list[bool]  # whether every update adds to it
 
     @classmethod
     def of(cls, tx: Any, params: PyTree, state: PyTree, numbers: dict[Path, int]):
@@ -54,6 +54,7 @@ class Parts:
             state_def,
             [owner(path_names(path)) for path, _ in named],
             jax.tree.leaves(sums),
+            [path_names(path)[-1:] == ("skipped",) for path, _ in named],
         )
 
     @property
@@ -117,14 +118,15 @@ class Parts:
         shared = []
         outputs = [*leaves, *self.state]
         owners = [*range(len(leaves)), *self.owners]
-        sums = [*[False] * len(leaves), *self.sums]
-        for x, i, is_sum, seen in zip(outputs, owners, sums, found, strict=True):
+        adds = [a or b for a, b in zip(self.sums, self.counts, strict=True)]
+        adds = [*[False] * len(leaves), *adds]
+        for x, i, may_add, seen in zip(outputs, owners, adds, found, strict=True):
             if i is not None:
                 others = [k for k in seen if part[k] != part[i]]
                 if others:
                     self._refuse(f"the update of {self._name(i)}", min(others))
                 continue
-            if seen and not (is_sum or jnp.issubdtype(x.dtype, jnp.integer)):
+            if seen and not may_add:
                 self._refuse(f"a state of shape {x.shape}", min(seen))
             shared.append(bool(seen))
         return [k for k, seen in enumerate(shared) if seen]

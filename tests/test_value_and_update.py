@@ -424,6 +424,11 @@ def test_what_looks_at_all_gradients_is_refused():
     tx = optax.MultiSteps(optax.adamw(1e-3), 2)
     with pytest.raises(ValueError, match="depends on the gradient of"):
         sumo_optax.value_and_update(loss, tx)(params, tx.init(params), batches(1)[0])
+    alone = {"layers": params["layers"]}
+    with pytest.raises(ValueError, match="a state of shape .* depends on the gradient of"):
+        sumo_optax.value_and_update(lambda p, x: loss(params | p, x), tx)(
+            alone, tx.init(alone), batches(1)[0]
+        )
 
 
 def test_a_state_that_is_not_stacked_is_refused():

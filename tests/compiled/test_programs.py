@@ -14,12 +14,22 @@ import training_step
 from compiled import Case
 from training_step import Model
 
+from sumo_optax import _group
+
 # One worker of pytest-xdist compiles for one of them, so that tests share programs.
 TARGETS = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in ("h100", "v5e:2x2")]
 SMALL = Model(width=64, hidden=160, layers=1, heads=4, vocab=256)
 SHAPES = 3  # of the projections: square, wide and tall
+# On a TPU all of a smaller one lies in the fast memory that is not counted.
 TRAINED = Model(
-    width=256, hidden=640, layers=4, heads=4, vocab=256, dtype="bfloat16", stacked=True, length=64
+    width=1024,
+    hidden=2560,
+    layers=4,
+    heads=4,
+    vocab=256,
+    dtype="bfloat16",
+    stacked=True,
+    length=512,
 )
 
 
@@ -27,7 +37,8 @@ TRAINED = Model(
 def figures(optimizer: str, target: str, model: Model, *, update_alone: bool):
     """Of the compiled step of an optimizer, at rank 16."""
     case = Case("", target, model, rank=16, update_alone=update_alone)
-    return compile_one.figures(case, compile_one.optimizer(optimizer, case))
+    name = optimizer.removesuffix(", value_and_update")
+    return compile_one.figures(case, compile_one.optimizer(name, case), fused=name != optimizer)
 
 
 def update(optimizer: str, target: str, layers: int):
@@ -71,17 +82,30 @@ def test_kernels_do_not_grow_with_layers(on, optimizer, target):
     assert four <= 3 * one
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("optimizer", falls_short(23, "sumo", "mofasgd", "online_subspace_descent"))
-def test_temporaries_of_stacked_layers_are_those_of_sgd(on, optimizer, target):
-    assert temporaries_over_sgd(optimizer, on(target), TRAINED) < 0.25
+@pytest.fixture
+def small_stacks(monkeypatch):
+    """Stacks of more than a layer or two of `TRAINED` are taken in parts, as 7B's are."""
+    monkeypatch.setattr(_group, "_LARGEST_STACK", 2**16)
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("optimizer", falls_short(23, "sumo"))
-def test_temporaries_of_separate_layers_are_those_of_sgd(on, optimizer, target):
+@pytest.mark.parametrize("optimizer", ["sumo", "mofasgd", "online_subspace_descent"])
+def test_temporaries_of_stacked_layers_are_those_of_sgd(on, optimizer, target, small_stacks):
+    assert temporaries_over_sgd(optimizer, on(target), TRAINED) < LITTLE[target]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("optimizer", ["sumo"])
+def test_temporaries_of_separate_layers_are_those_of_sgd(on, optimizer, target, small_stacks):
     model = dataclasses.replace(TRAINED, stacked=False, layers=2)
-    assert temporaries_over_sgd(optimizer, on(target), model) < 0.25
+    assert temporaries_over_sgd(optimizer, on(target), model) < LITTLE[target]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("optimizer", ["sumo", "adamw"])
+def test_updates_inside_the_backward_pass_hold_one_gradient(on, optimizer, target):
+    """Less than SGD's ordinary step holds, by most of the gradients of four layers."""
+    assert temporaries_over_sgd(f"{optimizer}, value_and_update", on(target), TRAINED) < -0.4
 
 
 def temporaries_over_sgd(optimizer: str, target: str, model: Model) -> float:
