@@ -71,12 +71,11 @@ def collectives(hlo: str) -> tuple[list[Collective], list[Collective]]:
 def compiled(tx: optax.GradientTransformation, shape: tuple[int, int], spec: P) -> str:
     """The program of a step on 4 x 2 devices."""
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
-    params = {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)}
-    shardings = {"kernel": NamedSharding(mesh, spec)}
-    state_shardings = sumo_optax.state_shardings(tx, params, shardings)
-    both = (shardings, state_shardings)
-    update = jax.jit(tx.update, in_shardings=(*both, shardings), out_shardings=both)
-    state = jax.eval_shape(tx.init, params)
+    sharding = NamedSharding(mesh, spec)
+    params = {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)}
+    state = sumo_optax.abstract_state(tx, params, {"kernel": sharding})
+    both = jax.tree.map(lambda x: x.sharding, (params, state))
+    update = jax.jit(tx.update, out_shardings=both)
     return update.lower(params, state, params).compile().as_text() or ""
 
 

@@ -1,9 +1,11 @@
 """On which mesh axes a leaf lies, and where that puts the state of its matrix.
 
-A state array is sharded along m as the leaf's axes that make m are, along n likewise, and never
-along r: basis P(a, None), moment P(None, b), r x r matrices on every device.
+A state array is sharded along m as the leaf's axes that make m are, along n likewise, and along r
+over the leaf's other mesh axes: basis P(a, b), moment P(a, b), both divided by as many devices as
+the leaf.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +28,10 @@ def placed(arrays: list[jax.Array], leaf: Any, view: Any, words: list[str]) -> l
     if sharding is None:
         return arrays
     put = jax.device_put if _is_concrete(leaf) else jax.sharding.reshard
-    specs = [_state_spec(tuple(sharding.spec), view, word) for word in words]
+    specs = [
+        _state_spec(tuple(sharding.spec), view, word, sharding.mesh, x.shape)
+        for x, word in zip(arrays, words, strict=True)
+    ]
     return [
         put(x, NamedSharding(sharding.mesh, spec)) for x, spec in zip(arrays, specs, strict=True)
     ]
@@ -70,13 +75,22 @@ def devices(x: Any) -> int:
 
 
 def in_auto_mode(
-    step: Callable[..., Any], spec: PartitionSpec | None, view: Any, words: list[str], leaves: int
+    step: Callable[..., Any],
+    spec: PartitionSpec | None,
+    view: Any,
+    words: list[str],
+    state: list[list[jax.Array]],
 ) -> Callable[..., Any]:
     """A group's step for a mesh with explicit axes: the compiler shards inside; types come out."""
     if spec is None:
         return step
-    state = [[_state_spec(spec, view, word)] * leaves for word in words]
-    return jax.sharding.auto_axes(step, out_sharding=([spec] * leaves, state, PartitionSpec()))
+    leaves = len(state[0])
+    mesh = jax.typeof(state[0][0]).sharding.mesh
+    specs = [
+        [_state_spec(spec, view, word, mesh, arrays[0].shape)] * leaves
+        for word, arrays in zip(words, state, strict=True)
+    ]
+    return jax.sharding.auto_axes(step, out_sharding=([spec] * leaves, specs, PartitionSpec()))
 
 
 def _is_concrete(x: Any) -> bool:
@@ -100,11 +114,31 @@ def _names(x: Any) -> Spec:
     return tuple(x.get_metadata()["out_sharding"])
 
 
-def _state_spec(spec: Spec | PartitionSpec, view: Any, word: str) -> PartitionSpec:
+def _state_spec(
+    spec: Spec | PartitionSpec, view: Any, word: str, mesh: Any = None, shape: Any = ()
+) -> PartitionSpec:
     """The spec of a state array, from that of its leaf.
 
-    Axes that are merged into one keep the mesh axes of the first of them alone.
+    Axes that are merged into one keep the mesh axes of the first of them alone. On a `mesh` those
+    of the leaf's mesh axes that this leaves out divide the array too: along r where they can, else
+    along batch axes, which loops take apart, else along m or n.
     """
     spec = (*spec, *[None] * (len(view.leaf_shape) - len(spec)))
-    entries = {"m": spec[view.m_axes[0]], "n": spec[view.n_axes[0]]}
-    return PartitionSpec(*(spec[a] for a in view.batch_axes), *(entries.get(x) for x in word))
+    sides = {"m": spec[view.m_axes[0]], "n": spec[view.n_axes[0]]}
+    entries = [*(spec[a] for a in view.batch_axes), *(sides.get(x) for x in word)]
+    if mesh is None or len(word) < 2:
+        return PartitionSpec(*entries)
+    taken = [e if isinstance(e, tuple) else () if e is None else (e,) for e in entries]
+    batch, last = len(view.batch_axes), len(entries)
+    order = sorted(range(last), key=lambda k: 1 if k < batch else 2 * (word[k - batch] in sides))
+    own = [axis for e in spec if e for axis in ((e,) if isinstance(e, str) else e)]
+    for axis in own:
+        if any(axis in axes for axes in taken):
+            continue
+        for k in order:
+            parts = math.prod(mesh.shape[a] for a in (*taken[k], axis))
+            if shape[k] % parts == 0:
+                taken[k] = (*taken[k], axis)
+                break
+    unwrapped = [axes[0] if len(axes) == 1 else axes or None for axes in taken]
+    return PartitionSpec(*unwrapped)

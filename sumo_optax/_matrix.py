@@ -118,8 +118,8 @@ def lift(
         for group in groups_of(rule, members, sizes, phases):
             step = group_step(rule, group, of(paths, group), skip_nonfinite, precision)
             words, leaves_of_group = rule.words(group.view), of(leaves, group)
-            step = _layout.in_auto_mode(step, group.spec, group.view, words, len(group.members))
             old = [[column[k] for k in group.members] for column in columns]
+            step = _layout.in_auto_mode(step, group.spec, group.view, words, old)
             # The state is not made ready before there are gradients.
             old, leaves_of_group = jax.lax.optimization_barrier((old, leaves_of_group))
             if not group.layer:  # groups of all layers go one after the other
