@@ -14,10 +14,10 @@ def state_shardings(
 ) -> PyTree:
     """The sharding of every array of an optimizer's state, from those of the parameters.
 
-    With mesh axes a along the side that is projected and b along the other: the basis is
-    P(a, None), the moment P(None, b), whatever belongs to neither side is on every device; batch
-    axes (layers, experts) keep theirs. States of optax's own transformations that are like a
-    parameter lie as it does; counters are replicated.
+    With mesh axes a along the side that is projected and b along the other, basis and moment are
+    P(a, b), if r is a multiple of the devices along it; what belongs to neither side is on every
+    device; batch axes (layers, experts) keep theirs. States of optax's own transformations that
+    are like a parameter lie as it does; counters are replicated.
 
     Args:
       tx: any transformation made of ours and of optax's, combinators (``chain``, ``partition``,
