@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 PolarMethod = Literal["auto", "svd", "newton_schulz"]
@@ -99,10 +99,20 @@ def _over_devices(fn: Callable[..., jax.Array], *stacks: jax.Array) -> jax.Array
         return fn(*stacks)
     if size == 1:
         return jax.shard_map(fn, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)(*stacks)
+
+    def along(axes: tuple[str, ...], x: jax.Array) -> jax.Array:
+        spec = P(axes, *[P.UNCONSTRAINED] * (x.ndim - 1))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+    # One mesh axis after the other: all at once is often more than the compiler can do without
+    # making the whole stack on every device.
+    stages = [mesh.axis_names[:k] for k in range(1, len(mesh.axis_names))]
     padded = [jnp.pad(x, [(0, -size % mesh.size), *[(0, 0)] * (x.ndim - 1)]) for x in stacks]
+    padded = [functools.reduce(lambda x, axes: along(axes, x), stages, x) for x in padded]
     spec = P(mesh.axis_names)
     divided = jax.shard_map(fn, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
-    return divided(*padded)[:size]
+    whole = functools.reduce(lambda x, axes: along(axes, x), stages[::-1], divided(*padded))
+    return whole[:size]
 
 
 def _in_blocks(a: jax.Array, b: jax.Array) -> jax.Array:
