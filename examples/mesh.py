@@ -13,7 +13,7 @@ AXES = ("data", "fsdp", "tensor")
 SPECS: dict[str, tuple[str | None, str | None]] = {
     "o_proj": ("tensor", "fsdp"),
     "down_proj": ("tensor", "fsdp"),
-    "embed_tokens": ("tensor", None),
+    "embed_tokens": ("tensor", "fsdp"),
 }
 OTHERS = ("fsdp", "tensor")
 

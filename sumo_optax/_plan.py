@@ -242,17 +242,15 @@ def parameters(model: Model, dtype: Any) -> PyTree:
 def shardings(mesh: AbstractMesh, params: PyTree) -> PyTree:
     """Matrices over `fsdp` and `tensor` along their last two axes, all else on every device.
 
-    Projections that end a block split their inputs over `tensor`, the embedding its rows. An axis
-    that the devices do not divide stays whole.
+    Projections that end a block split their inputs over `tensor`, the embedding its rows, and both
+    their outputs over `fsdp`. An axis that the devices do not divide stays whole.
     """
 
     def sharding(path, x):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         axes: tuple[str | None, str | None] = ("fsdp", "tensor")
-        if "o_proj" in name or "down_proj" in name:
+        if any(last in name for last in ("o_proj", "down_proj", "embed_tokens")):
             axes = ("tensor", "fsdp")
-        elif "embed_tokens" in name:
-            axes = ("tensor", None)
         entries: list[str | None] = [None] * len(x.shape)
         if "norm" not in name:
             entries[-2:] = [

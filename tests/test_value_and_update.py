@@ -261,7 +261,7 @@ def counters(state):
     return [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.integer)]
 
 
-QUICK = ("sumo", "mofasgd", "online_subspace_descent", "adamw", "clipped")
+QUICK = ("sumo", "adamw", "clipped")
 slowly = lambda name: pytest.param(name, marks=pytest.mark.slow)
 
 
@@ -271,7 +271,9 @@ def test_every_optimizer_makes_the_same_step(name):
     check_equal(loss, OPTIMIZERS[name](), params, batches(30))
 
 
-@pytest.mark.parametrize("model", [name for name in MODELS if name != "scan"])
+@pytest.mark.parametrize(
+    "model", [slowly(x) if x in ("shared", "linen") else x for x in MODELS if x != "scan"]
+)
 def test_on_every_model(model):
     params, loss = MODELS[model]()
     # bfloat16 gradients of a weight cast inside the loop are those of one cast before it.
@@ -305,8 +307,10 @@ def on_mesh(tree, mesh, axes):
 
 @pytest.mark.parametrize(
     "shape, axes",
-    [({"fsdp": 8}, ("fsdp", None)), ({"data": 2, "fsdp": 2, "tensor": 2}, ("fsdp", "tensor"))],
-    ids=["fsdp", "data, fsdp and tensor"],
+    [
+        pytest.param({"fsdp": 8}, ("fsdp", None), id="fsdp", marks=pytest.mark.slow),
+        pytest.param({"data": 2, "fsdp": 2, "tensor": 2}, ("fsdp", "tensor"), id="three axes"),
+    ],
 )
 @pytest.mark.parametrize("model", ["checkpointed", *map(slowly, ["separate", "experts", "tied"])])
 def test_on_meshes(model, shape, axes):
@@ -368,7 +372,7 @@ def test_a_layer_with_a_bad_gradient_stays_as_it_was(model):
     assert int(new_state[0].skipped) == 1 and layers is not None
 
 
-@pytest.mark.parametrize("model", ["checkpointed", "separate"])
+@pytest.mark.parametrize("model", ["checkpointed", slowly("separate")])
 def test_a_resumed_run_equals_an_unbroken_one(model, tmp_path):
     params, loss = MODELS[model]()
     tx, data = OPTIMIZERS["sumo_random"](), batches(8)
