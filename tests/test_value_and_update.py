@@ -221,7 +221,7 @@ OPTIMIZERS = {name: row[0] for name, row in TABLE.items()} | {
     "injected": lambda: optax.inject_hyperparams(sumo_optax.sumo, static_args=("rank",))(
         learning_rate=optax.linear_schedule(1e-2, 1e-3, 20), rank=3
     ),
-    "clipped": lambda: optax.chain(sumo_optax.clip_by_last_norm(0.1), optax.sgd(0.1, 0.9)),
+    "clipped": lambda: optax.chain(sumo_optax.clip_by_last_norm(0.1), optax.sgd(0.01, 0.9)),
 }
 
 
