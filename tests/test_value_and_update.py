@@ -272,7 +272,12 @@ def test_every_optimizer_makes_the_same_step(name):
 
 
 @pytest.mark.parametrize(
-    "model", [slowly(x) if x in ("shared", "linen") else x for x in MODELS if x != "scan"]
+    "model",
+    [
+        slowly(x) if x in ("shared", "linen", "experts", "half_precision") else x
+        for x in MODELS
+        if x != "scan"
+    ],
 )
 def test_on_every_model(model):
     params, loss = MODELS[model]()
