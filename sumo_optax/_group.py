@@ -82,6 +82,8 @@ def groups_of(
 ) -> list[Group]:
     """Leaves of one shape go together where they lie alike on any mesh, up to a size of state.
 
+    `phases` are of staggered refreshes, `sizes` of the largest array in each leaf's state.
+
     With explicit axes their types say so. Where the compiler alone shards, leaves of one role do:
     those whose paths are the same but for numbers of layers.
     """
@@ -90,7 +92,7 @@ def groups_of(
         [array, *_] = jax.tree.leaves(G)
         spec = _layout.explicit_spec(array)
         role = re.sub(r"\d+", "*", path_string(path)) if _layout.compiler_shards(array) else ""
-        phase = phases[path] if rule.stagger else 0.0
+        phase = phases.get(path, 0.0)
         turns = 1 if is_projected(G) else _turns(view, sizes[k], _layout.devices(array))
         traits = (view, G.dtype, is_projected(G), phase, spec, role, turns)
         alike.setdefault((part_of(path), traits), []).append(k)

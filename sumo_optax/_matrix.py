@@ -111,10 +111,8 @@ def lift(
         precision = jax.config.jax_default_matmul_precision or "default"
         of = lambda things, group: [things[matrices[k]] for k in group.members]
         members = [(paths[i], leaves[i], views[i]) for i in matrices]
-        all_axes = resolve(weight_dimension_numbers, whole := whole_of(shapes))
-        named = [p for p, axes in zip(named_leaves(whole), all_axes, strict=True) if axes]
-        phases = {path: k / len(named) for k, path in enumerate(named)}
         sizes = [max(x.size for x in arrays) for arrays in zip(*columns, strict=True)]
+        phases = _phases(weight_dimension_numbers, shapes) if rule.stagger else {}
         for group in groups_of(rule, members, sizes, phases):
             step = group_step(rule, group, of(paths, group), skip_nonfinite, precision)
             words, leaves_of_group = rule.words(group.view), of(leaves, group)
@@ -142,6 +140,14 @@ def lift(
         return treedef.unflatten(outputs), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _phases(numbers: WeightDimensionNumbers | None, tree: PyTree) -> dict[Path, float]:
+    """Of each matrix from 0 to 1, by its place among those of the whole tree."""
+    whole = whole_of(tree)
+    axes = resolve(numbers, whole)
+    matrices = [path for path, spec in zip(named_leaves(whole), axes, strict=True) if spec]
+    return {path: k / len(matrices) for k, path in enumerate(matrices)}
 
 
 def _check_projected(path: Path, G: Any, view: View | None, params: PyTree) -> None:

@@ -73,8 +73,7 @@ class Scan(NamedTuple):
     body: core.ClosedJaxpr
     consts: int
     carry: int
-    length: int
-    options: dict[str, Any]
+    options: dict[str, Any]  # of `jax.lax.scan`
 
     @classmethod
     def of(cls, eqn: core.JaxprEqn):
@@ -86,7 +85,7 @@ class Scan(NamedTuple):
         carry = len(eqn.outvars) - differ(eqn.outvars, body.jaxpr.outvars)
         consts = len(eqn.invars) - differ(eqn.invars, body.jaxpr.invars) - carry
         options = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
-        return cls(body, consts, carry, eqn.params["length"], options)
+        return cls(body, consts, carry, options)
 
     def split(self, arguments: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
         i, j = self.consts, self.consts + self.carry

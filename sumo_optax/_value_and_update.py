@@ -251,11 +251,12 @@ def _scan(update_of, extra, run: Evaluator, eqn: Any, *arguments: Any) -> list[A
     def backward(saved, cotangents):
         stacks, held, shared, consts, others, kept = saved
         d_carry, d_ys = cotangents
+        length = scan.options["length"]
         zeros = lambda arrays: [jnp.zeros_like(x) if _is_float(x) else None for x in arrays]
 
         def turn(j, now):
             stacks, held, added, d_consts, d_carry, d_others = now
-            i = j if scan.options["reverse"] else scan.length - 1 - j
+            i = j if scan.options["reverse"] else length - 1 - j
             at = lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, keepdims=False)
             put = lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, i, 0)
             layer = [at(x) for x in stacks]
@@ -286,7 +287,7 @@ def _scan(update_of, extra, run: Evaluator, eqn: Any, *arguments: Any) -> list[A
             list(map(_float_or_none, d_carry)),
             zeros(others),
         )
-        *new, d_consts, d_carry, d_others = jax.lax.fori_loop(0, scan.length, turn, start)
+        *new, d_consts, d_carry, d_others = jax.lax.fori_loop(0, length, turn, start)
         return *new, None, d_consts, d_carry, d_others
 
     loop.defvjp(forward, backward)

@@ -95,7 +95,9 @@ def tied():
     def loss(params, x):
         table = params["embed"]["embedding"]
         h, _ = jax.lax.scan(
-            lambda h, w: (block(h, w) + h @ table.T @ table, None), table[x], params["layers"]
+            lambda h, w: (block(h, w) + jnp.tanh(h @ table.T) @ table, None),
+            table[x],
+            params["layers"],
         )
         return next_token_loss(h @ table.T, x)
 
@@ -281,7 +283,6 @@ def test_every_optimizer_makes_the_same_step(name):
 )
 def test_on_every_model(model):
     params, loss = MODELS[model]()
-    # bfloat16 gradients of a weight cast inside the loop are those of one cast before it.
     check_equal(loss, OPTIMIZERS["sumo"](), params, batches(30))
 
 
@@ -344,7 +345,6 @@ def test_a_layer_with_a_bad_gradient_stays_as_it_was(model):
 
     spoiled.defvjp(lambda w, bad: (w, bad), lambda bad, d: (jnp.where(bad, jnp.nan, d), None))
     params, _ = MODELS[model]()
-    layers = params["layers"]
 
     def one(h, w):
         up = spoiled(w["up"]["kernel"], w["bad"])
@@ -374,7 +374,7 @@ def test_a_layer_with_a_bad_gradient_stays_as_it_was(model):
     for i in range(LAYERS):
         for old, later in ((params, new), (state[0].moment, new_state[0].moment)):
             assert bool(jnp.array_equal(kernel(old, i), kernel(later, i))) == (i == 2)
-    assert int(new_state[0].skipped) == 1 and layers is not None
+    assert int(new_state[0].skipped) == 1
 
 
 @pytest.mark.parametrize("model", ["checkpointed", slowly("separate")])
