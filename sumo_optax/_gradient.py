@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from sumo_optax._linalg import at_least_float32, largest_entry, svd, written_out
+from sumo_optax._mesh import divided, whole
 
 Batch = tuple[int, ...]
 
@@ -34,7 +35,7 @@ class Gradients:
     """
 
     batches: Sequence[Batch]  # of the leaves, (1,) where a leaf is one matrix
-    transposed: bool  # whether leaves are (*batch, n, m)
+    transposed: Sequence[bool]  # whether a leaf is (*batch, n, m)
     dtype: jnp.dtype
     precision: Any  # of products m x n
     stored: Sequence[Any]  # each (*batch, m, n) or, where transposed, (*batch, n, m); or None
@@ -43,24 +44,30 @@ class Gradients:
 
     def updates(self, D: Update, good: jax.Array | None) -> list[jax.Array]:
         """D leaf by leaf, 0 where not `good` (B, 1, 1), if that is asked."""
-        left, right = (D.right.mT, D.left.mT) if self.transposed else (D.left, D.right)
-        weights = None if D.weights is None else D.weights.mT if self.transposed else D.weights
-        parts = [written_out(left.astype(self.dtype)), right.astype(self.dtype), weights, good]
-        pieces = [self._pieces(x) for x in parts]
-        [pieces[1]] = apart(pieces[1])
-        return [
-            in_turns(self._leaf_update, self.turns, G, *of_leaf)
-            for G, *of_leaf in zip(self.stored, *pieces, strict=True)
+        pieces = lambda x: [None] * len(self.batches) if x is None else pieces_of(x, self.batches)
+        right = list(map(self._divided, pieces_of(D.right.astype(self.dtype), self.batches)))
+        factors = zip(pieces(D.left.astype(self.dtype)), *apart(right), strict=True)
+        factors = [
+            (r.mT, l.mT) if turned else (l, r)
+            for (l, r), turned in zip(factors, self.transposed, strict=True)
         ]
+        left, right = zip(*factors, strict=True)
+        weights = [
+            x.mT if turned and x is not None else x
+            for x, turned in zip(pieces(D.weights), self.transposed, strict=True)
+        ]
+        of_leaves = zip(self.stored, written_out(left), right, weights, pieces(good), strict=True)
+        return [in_turns(self._leaf_update, self.turns, *of_leaf) for of_leaf in of_leaves]
 
     def _leaf_update(self, G: Any, left: Any, right: Any, weights: Any, good: Any) -> jax.Array:
-        D = self._matmul(left, right)
+        D = self._matmul(whole(left, -1), whole(right, -2))
         if weights is not None:
             D = (at_least_float32(D) + at_least_float32(G) * weights).astype(self.dtype)
         return D if good is None else jnp.where(good, D, 0)
 
-    def _pieces(self, stack: jax.Array | None) -> list[Any]:
-        return [None] * len(self.batches) if stack is None else pieces_of(stack, self.batches)
+    def _divided(self, x: jax.Array) -> jax.Array:
+        """Over devices that share the matrices of a stack; a matrix alone is on all of them."""
+        return divided(x, -2) if sum(map(math.prod, self.batches)) > 1 else x
 
     def _matmul(
         self, a: jax.Array, b: jax.Array, *, transposed: bool = False, dtype: Any = None
@@ -82,13 +89,13 @@ class WholeGradients(Gradients):
     @classmethod
     def of(cls, stored: Sequence[jax.Array], *, transposed: bool = False, precision: Any = None):
         batches = [G.shape[:-2] for G in stored]
-        return cls(batches, transposed, stored[0].dtype, precision, stored)
+        return cls(batches, [transposed] * len(stored), stored[0].dtype, precision, stored)
 
     @property
     def shape(self) -> tuple[int, int]:
         """m and n."""
         rows, columns = self.stored[0].shape[-2:]
-        return (columns, rows) if self.transposed else (rows, columns)
+        return (columns, rows) if self.transposed[0] else (rows, columns)
 
     def left_product(self, Q: jax.Array) -> jax.Array:
         """QᵀG (B, r, n), for Q (B, m, r) of few columns."""
@@ -96,46 +103,55 @@ class WholeGradients(Gradients):
 
     def right_product(self, V: jax.Array) -> jax.Array:
         """GV (B, m, r), for V (B, n, r) of few columns."""
-        return self._product(V.mT, not self.transposed).mT
+        return self._product(V.mT, [not turned for turned in self.transposed]).mT
 
     def norms(self, *, scale: jax.Array) -> jax.Array:
         """||G||, shape (B, 1, 1), safe against overflow where `scale` has entries of its size."""
-        return self._norms(scale, axis=(-2, -1))
+        return self._norms(scale, lambda turned: (-2, -1))
 
     def column_norms(self, *, scale: jax.Array) -> jax.Array:
         """Those of the columns, (B, 1, n), likewise; 1e-18 of that size may count as 0."""
-        norms = self._norms(scale, axis=-1 if self.transposed else -2)
-        return norms.mT if self.transposed else norms
+        return self._norms(scale, lambda turned: -1 if turned else -2)
 
     def left_singular_vectors(self, r: int) -> jax.Array:
         """The first r of each matrix, (B, m, r)."""
         of = lambda G: svd(stack_of([at_least_float32(G)], axes=G.ndim - 2))[0][..., :r]
-        return jnp.concatenate([of(G.mT if self.transposed else G) for G in self.stored])
+        turned = zip(self.stored, self.transposed, strict=True)
+        return jnp.concatenate([of(G.mT if transposed else G) for G, transposed in turned])
 
     def are_zero(self) -> jax.Array:
         """Which are, (B, 1, 1)."""
         return self._stack([~jnp.any(G, axis=(-2, -1), keepdims=True) for G in self.stored])
 
-    def _product(self, X: jax.Array, transposed: bool) -> jax.Array:
-        """X times what the leaves hold, or its transpose; sums in float32."""
+    def _product(self, X: jax.Array, transposed: Sequence[bool]) -> jax.Array:
+        """X (B, r, ...) times what the leaves hold, or its transpose; sums in float32."""
         dtype = jnp.promote_types(self.dtype, jnp.float32)
-        of = lambda _, x, G: self._matmul(x, G, transposed=transposed, dtype=dtype)
-        columns = self.stored[0].shape[-2 if transposed else -1]
-        pieces = pieces_of(written_out(X.astype(self.dtype)), self.batches)
-        return self._stack(
-            [
-                in_turns(of, self.turns, jnp.zeros((*x.shape[:-1], columns), dtype), x, G)
-                for x, G in zip(pieces, self.stored, strict=True)
-            ]
-        )
 
-    def _norms(self, scale: jax.Array, axis: Any) -> jax.Array:
+        def of_leaf(x, G, transposed):
+            def product(_, x, G):
+                x = self._matmul(whole(x, -2), G, transposed=transposed, dtype=dtype)
+                return self._divided(whole(x, -2))
+
+            if self.turns == 1:
+                return product(None, self._divided(x), G)
+            columns = G.shape[-2 if transposed else -1]
+            into = jnp.zeros((*x.shape[:-1], columns), dtype)
+            return in_turns(product, self.turns, into, self._divided(x), G)
+
+        pieces = pieces_of(written_out(X.astype(self.dtype)), self.batches)
+        return self._stack(list(map(of_leaf, pieces, self.stored, transposed)))
+
+    def _norms(self, scale: jax.Array, axis_of: Callable[[bool], Any]) -> jax.Array:
         largest = largest_entry(scale)
-        squares = [
-            jnp.sum((at_least_float32(G) / unit) ** 2, axis=axis, keepdims=True)
-            for G, unit in zip(self.stored, pieces_of(largest, self.batches), strict=True)
-        ]
-        return largest * jnp.sqrt(self._stack(squares))
+
+        def squares(G, unit, turned):
+            sums = jnp.sum((at_least_float32(G) / unit) ** 2, axis=axis_of(turned), keepdims=True)
+            return sums.mT if turned else sums
+
+        pieces = pieces_of(largest, self.batches)
+        return largest * jnp.sqrt(
+            self._stack(list(map(squares, self.stored, pieces, self.transposed)))
+        )
 
     def _stack(self, matrices: list[jax.Array]) -> jax.Array:
         return stack_of(*apart(matrices), axes=len(self.batches[0]))
@@ -208,7 +224,7 @@ def in_turns(fn: Callable[..., jax.Array], turns: int, over: Any, *read: Any) ->
         new = fn(*jax.tree.map(at, (over, *read)))
         return jax.lax.dynamic_update_index_in_dim(over, new, i, axis=1)
 
-    over, *read = jax.tree.map(split, (over, *read))
+    over, read = jax.tree.map(split, (over, read))
     return jax.lax.fori_loop(0, turns, turn, over).reshape(-1, *over.shape[2:])
 
 

@@ -66,12 +66,12 @@ Step = Callable[..., tuple[list[jax.Array], list[list[jax.Array]], jax.Array]]
 class Group(NamedTuple):
     """Leaves whose matrices are one stack."""
 
-    view: View
+    batch: tuple[int, ...]  # of a leaf
+    m: int
+    n: int
     dtype: jnp.dtype
     projected: bool
     phase: float
-    spec: jax.sharding.PartitionSpec | None  # on a mesh with explicit axes
-    role: str  # where the compiler shards
     turns: int  # of a loop over the leaves' first batch axis
     devices: int  # on several each product has such a loop, elsewhere the whole step has
     layer: str  # the numbers in the path, where large groups are of one layer each
@@ -81,27 +81,22 @@ class Group(NamedTuple):
 def groups_of(
     rule: Rule, matrices: list[tuple[Path, Any, Any]], sizes: list[int], phases: dict[Path, float]
 ) -> list[Group]:
-    """Leaves of one shape go together where they lie alike on any mesh, up to a size of state.
+    """Leaves of one shape go together, however they lie, up to a size of state.
 
     `phases` are of staggered refreshes, `sizes` of the largest array in each leaf's state.
-
-    With explicit axes their types say so. Where the compiler alone shards, leaves of one role do:
-    those whose paths are the same but for numbers of layers.
     """
     alike: dict[Any, list[int]] = {}
     for k, (path, G, view) in enumerate(matrices):
-        [array, *_] = jax.tree.leaves(G)
-        spec = _layout.explicit_spec(array)
-        role = re.sub(r"\d+", "*", path_string(path)) if _layout.compiler_shards(array) else ""
-        phase = phases.get(path, 0.0)
-        devices = _layout.devices(array)
-        turns = 1 if is_projected(G) else _turns(view, sizes[k], _layout.mesh_sizes(array))
-        traits = (view, G.dtype, is_projected(G), phase, spec, role, turns, devices)
+        projected, phase = is_projected(G), phases.get(path, 0.0)
+        mesh = _layout.mesh_sizes(jax.tree.leaves(G)[0])
+        turns = 1 if projected else _turns(view, sizes[k], mesh)
+        traits = (view.batch, view.m, view.n, G.dtype, projected, phase, turns, math.prod(mesh))
         alike.setdefault((part_of(path), traits), []).append(k)
     layer = lambda k: " ".join(re.findall(r"\d+", path_string(matrices[k][0])))
     groups = []
     for (_, traits), members in alike.items():
-        size = sizes[members[0]] // math.prod(traits[-2:])
+        *_, turns, devices = traits
+        size = sizes[members[0]] // (turns if devices == 1 else devices)
         if size * len(members) <= _LARGEST_STACK:
             groups.append(Group._make((*traits, "", members)))
             continue
@@ -121,27 +116,28 @@ def _turns(view: View, size: int, mesh: Sequence[int]) -> int:
     layers = view.batch[0] if view.batch else 1
     subsets = itertools.chain(*(itertools.combinations(mesh, k) for k in range(len(mesh) + 1)))
     together = max(n for n in map(math.prod, subsets) if layers % n == 0)
-    most = layers // together
+    most = max(1, layers // together)
     fits = lambda turns: size // turns <= _LARGEST_STACK // 4
     return next((turns for turns in range(1, most) if most % turns == 0 and fits(turns)), most)
 
 
 def group_step(
-    rule: Rule, group: Group, paths: list[Path], skip_nonfinite: bool, precision: Any
+    rule: Rule,
+    group: Group,
+    paths: list[Path],
+    views: list[View],
+    skip_nonfinite: bool,
+    precision: Any,
 ) -> Step:
     """A step of a group: updates, new states, and how many matrices were skipped."""
+    of = functools.partial(_stack_step, rule, group, paths, skip_nonfinite, precision)
     if group.turns == 1 or group.devices > 1:
-        return _stack_step(rule, group, group.view, paths, skip_nonfinite, precision)
-    axis, turns = group.view.batch_axes[0], group.turns
-    shape = list(group.view.leaf_shape)
-    shape[axis] //= turns
-    view = group.view._replace(leaf_shape=tuple(shape))
-    one = _stack_step(rule, group, view, paths, skip_nonfinite, precision)
+        return of(views)
+    turns, first = group.turns, [view.batch_axes[0] for view in views]
+    one = of([view.part(turns) for view in views])
 
     def step(leaves, states, t, key):
-        each = lambda f, *trees: jax.tree.map(
-            f, ([axis] * len(leaves), jax.tree.map(lambda x: 0, states)), *trees
-        )
+        each = lambda f, *trees: jax.tree.map(f, (first, jax.tree.map(lambda x: 0, states)), *trees)
         # Layers `turns` apart go together: where a mesh divides layers, each device has some.
         split = lambda axis, x: x.reshape(*x.shape[:axis], -1, turns, *x.shape[axis + 1 :])
 
@@ -162,25 +158,40 @@ def group_step(
 
 
 def _stack_step(
-    rule: Rule, group: Group, view: View, paths: list[Path], skip_nonfinite: bool, precision: Any
+    rule: Rule,
+    group: Group,
+    paths: list[Path],
+    skip_nonfinite: bool,
+    precision: Any,
+    views: list[View],
 ) -> Step:
     """That of a stack, as a whole.
 
     A matrix whose state would not be finite is skipped. A NaN or Inf anywhere in G makes it so,
     since QᵀG and the like read all of G: a look at the small state is a look at G.
     """
-    batches = [view.batch or (1,)] * len(paths)
-    hashes = np.repeat([hash_of(path) for path in paths], math.prod(view.batch))
+    batches = [view.batch or (1,) for view in views]
+    axes = len(group.batch)
+    hashes = np.concatenate(
+        [[hash_of(path)] * math.prod(view.batch) for path, view in zip(paths, views, strict=True)]
+    )
+
+    def gradients(leaves) -> ProjectedGradients | WholeGradients:
+        common = (batches, [view.wide for view in views], leaves[0].dtype, precision)
+        if group.projected:
+            where = path_string(paths[0])
+            left, right = _held(leaves, axes, turned=group.m < group.n)
+            nothing = [None] * len(leaves)
+            return ProjectedGradients(*common, nothing, left, right, (group.m, group.n), where)
+        stored = [view.as_stored(G) for view, G in zip(views, leaves, strict=True)]
+        stored = [shaped(G, (*batches[0], *G.shape[-2:])) for G in stored]
+        turns = group.turns if group.devices > 1 else 1
+        return WholeGradients(*common, stored, turns=turns)
 
     def step(leaves, states, t, key):
-        turns = group.turns if group.devices > 1 else 1
-        G = (
-            _projected(view, leaves, batches, precision, paths)
-            if group.projected
-            else _whole(view, leaves, batches, precision, turns)
-        )
+        G = gradients(leaves)
         dtype = jnp.promote_types(group.dtype, jnp.float32)
-        stacks = [cast(stack_of(arrays, axes=len(view.batch)), dtype) for arrays in states]
+        stacks = [cast(stack_of(arrays, axes=axes), dtype) for arrays in states]
         old = rule.structure().unflatten(stacks)
         key_of = lambda path_hash: jax.random.fold_in(jax.random.fold_in(key, path_hash), t)
         keys = lambda: jax.vmap(key_of)(hashes)
@@ -195,7 +206,7 @@ def _stack_step(
             good = good[:, None, None]
             # Or the compiler may multiply all updates out first, and keep them till it knows.
             D = D._replace(right=or_zero(good, D.right))
-        outputs = [view.to_leaf(x) for x in G.updates(D, good)]
+        outputs = [view.to_leaf(x) for view, x in zip(views, G.updates(D, good), strict=True)]
         new_states = [
             [shaped(x, o.shape).astype(o.dtype) for x, o in zip(pieces, arrays, strict=True)]
             for pieces, arrays in zip(
@@ -207,32 +218,16 @@ def _stack_step(
     return step
 
 
-def _whole(view: View, leaves, batches, precision, turns) -> WholeGradients:
-    matrices = [view.as_stored(G) for G in leaves]
-    stored = [shaped(G, (*batches[0], *G.shape[-2:])) for G in matrices]
-    return WholeGradients(batches, view.wide, stored[0].dtype, precision, stored, turns=turns)
-
-
-def _projected(view: View, leaves, batches, precision, paths) -> ProjectedGradients:
-    """Those that are held are of matrices with m >= n."""
+def _held(
+    leaves: list[ProjectedGradient], axes: int, *, turned: bool
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """QᵀG and GV of a stack, as far as they are held: those are of matrices with m >= n."""
     stack = lambda arrays: (
-        None if arrays[0] is None else at_least_float32(stack_of(arrays, axes=len(view.batch)))
+        None if arrays[0] is None else at_least_float32(stack_of(arrays, axes=axes))
     )
     left, right = stack([G.left for G in leaves]), stack([G.right for G in leaves])
-    if view.m < view.n:
-        turned = lambda x: None if x is None else x.mT
-        left, right = turned(right), turned(left)
-    return ProjectedGradients(
-        batches,
-        view.wide,
-        leaves[0].dtype,
-        precision,
-        stored=[None] * len(batches),
-        left=left,
-        right=right,
-        shape=(view.m, view.n),
-        path=path_string(paths[0]),
-    )
+    transpose = lambda x: None if x is None else x.mT
+    return (transpose(right), transpose(left)) if turned else (left, right)
 
 
 def hash_of(path: Path) -> np.uint32:

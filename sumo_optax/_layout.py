@@ -58,44 +58,30 @@ def renamed(tree: PyTree, params: PyTree, views: list[Any], words: list[str]) ->
     return treedef.unflatten(nodes)
 
 
-def explicit_spec(x: Any) -> PartitionSpec | None:
-    """Where a leaf lies by its type, as on a mesh with explicit axes; None elsewhere."""
-    sharding = jax.typeof(x).sharding
-    return sharding.spec if AxisType.Explicit in sharding.mesh.axis_types else None
-
-
-def compiler_shards(x: Any) -> bool:
-    """Whether an array lies on several devices in a way that its type does not say."""
-    return devices(x) > 1 and AxisType.Auto in jax.typeof(x).sharding.mesh.axis_types
-
-
 def mesh_sizes(x: Any) -> tuple[int, ...]:
     """Of the axes of an array's mesh."""
     return jax.typeof(x).sharding.mesh.axis_sizes
 
 
-def devices(x: Any) -> int:
-    """How many an array's mesh has."""
-    return math.prod(mesh_sizes(x))
-
-
 def in_auto_mode(
     step: Callable[..., Any],
-    spec: PartitionSpec | None,
-    view: Any,
+    leaves: list[Any],
+    views: list[Any],
     words: list[str],
     state: list[list[jax.Array]],
 ) -> Callable[..., Any]:
     """A group's step for a mesh with explicit axes: the compiler shards inside; types come out."""
-    if spec is None:
+    shardings = [jax.typeof(jax.tree.leaves(leaf)[0]).sharding for leaf in leaves]
+    mesh = shardings[0].mesh
+    if AxisType.Explicit not in mesh.axis_types:
         return step
-    leaves = len(state[0])
-    mesh = jax.typeof(state[0][0]).sharding.mesh
-    specs = [
-        [_state_spec(spec, view, word, mesh, arrays[0].shape)] * leaves
-        for word, arrays in zip(words, state, strict=True)
+    specs = [sharding.spec for sharding in shardings]
+    of = lambda word, arrays: [
+        _state_spec(spec, view, word, mesh, x.shape)
+        for spec, view, x in zip(specs, views, arrays, strict=True)
     ]
-    return jax.sharding.auto_axes(step, out_sharding=([spec] * leaves, specs, PartitionSpec()))
+    state_specs = list(map(of, words, state))
+    return jax.sharding.auto_axes(step, out_sharding=(specs, state_specs, PartitionSpec()))
 
 
 def _is_concrete(x: Any) -> bool:

@@ -9,8 +9,8 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
+
+from sumo_optax._mesh import over_devices
 
 PolarMethod = Literal["auto", "svd", "newton_schulz"]
 
@@ -78,46 +78,22 @@ def column_norms(x: jax.Array) -> jax.Array:
     return largest * jnp.sum((x / largest) ** 2, axis=-2, keepdims=True) ** 0.5
 
 
-def written_out(x: jax.Array) -> jax.Array:
+def written_out(x: Any) -> Any:
     """On a CPU a product takes 2 to 5 times as long where its left factor is a transpose."""
     return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
 
 
 def product(a: jax.Array, b: jax.Array) -> jax.Array:
     """The products of two stacks; for a TPU in blocks, which compile in a tenth of the time."""
-    in_blocks = lambda a, b: jax.lax.map(lambda pair: _in_blocks(*pair), (a, b))
-    return _over_devices(
+    in_blocks = lambda a, b: jax.lax.map(lambda pair: _in_blocks(*pair, rows=128), (a, b))
+    return over_devices(
         lambda a, b: jax.lax.platform_dependent(a, b, tpu=in_blocks, default=jnp.matmul), a, b
     )
 
 
-def _over_devices(fn: Callable[..., jax.Array], *stacks: jax.Array) -> jax.Array:
-    """`fn` of stacks, each device taking some of the matrices where the compiler shards."""
-    mesh = jax.typeof(stacks[0]).sharding.mesh
-    size = len(stacks[0])
-    if mesh.size <= 1 or set(mesh.axis_types) != {AxisType.Auto}:
-        return fn(*stacks)
-    if size == 1:
-        return jax.shard_map(fn, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)(*stacks)
-
-    def along(axes: tuple[str, ...], x: jax.Array) -> jax.Array:
-        spec = P(axes, *[P.UNCONSTRAINED] * (x.ndim - 1))
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
-
-    # One mesh axis after the other: all at once is often more than the compiler can do without
-    # making the whole stack on every device.
-    stages = [mesh.axis_names[:k] for k in range(1, len(mesh.axis_names))]
-    padded = [jnp.pad(x, [(0, -size % mesh.size), *[(0, 0)] * (x.ndim - 1)]) for x in stacks]
-    padded = [functools.reduce(lambda x, axes: along(axes, x), stages, x) for x in padded]
-    spec = P(mesh.axis_names)
-    divided = jax.shard_map(fn, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
-    whole = functools.reduce(lambda x, axes: along(axes, x), stages[::-1], divided(*padded))
-    return whole[:size]
-
-
-def _in_blocks(a: jax.Array, b: jax.Array) -> jax.Array:
-    """ab for two matrices, 256 rows at a time."""
-    return a @ b if len(a) <= 256 else jax.lax.map(lambda row: row @ b, a, batch_size=256)
+def _in_blocks(a: jax.Array, b: jax.Array, *, rows: int) -> jax.Array:
+    """ab for two matrices, some rows at a time."""
+    return a @ b if len(a) <= rows else jax.lax.map(lambda row: row @ b, a, batch_size=rows)
 
 
 @functools.partial(jax.jit, static_argnames="method")
@@ -178,13 +154,21 @@ def _on_any_platform(fn: Callable[..., jax.Array], X: jax.Array) -> jax.Array:
     """`fn` of a stack made of products alone.
 
     A GPU takes the matrices together. A CPU is faster one by one, each in as many steps as it
-    needs, and for a TPU that compiles in a tenth of the time.
+    needs, and for a TPU that compiles in a tenth of the time. On a TPU blocks of as many rows as
+    its matrix unit has make a third of the program of larger ones in loops that are unrolled.
     """
-    one_by_one = lambda X: jax.lax.map(functools.partial(fn, product=_in_blocks), X)
+
+    def one_by_one(X: jax.Array, rows: int, unroll: int) -> jax.Array:
+        product = functools.partial(_in_blocks, rows=rows)
+        return jax.lax.map(functools.partial(fn, product=product, unroll=unroll), X)
+
     on_one_device = lambda X: jax.lax.platform_dependent(
-        X, cpu=one_by_one, tpu=one_by_one, default=fn
+        X,
+        cpu=functools.partial(one_by_one, rows=256, unroll=3),
+        tpu=functools.partial(one_by_one, rows=128, unroll=1),
+        default=functools.partial(fn, product=jnp.matmul, unroll=3),
     )
-    return _over_devices(on_one_device, X)
+    return over_devices(on_one_device, X)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -197,7 +181,7 @@ def _polar(X: jax.Array, drop: bool = True) -> jax.Array:
     return _on_any_platform(functools.partial(_by_products, drop=drop), X)
 
 
-def _by_products(X: jax.Array, *, drop: bool, product: Callable = jnp.matmul) -> jax.Array:
+def _by_products(X: jax.Array, *, drop: bool, product: Callable, unroll: int) -> jax.Array:
     """Y <- W Y, W a polynomial of YYᵀ that enlarges small singular values, until all are 1."""
     enough = 10 if X.dtype == jnp.float64 else 4  # steep triples for all that is above rounding
     triples = (_STEEP,) * enough + (_DROP if drop else (_STEEP,) * enough) + (_LAST,)
@@ -221,7 +205,7 @@ def _by_products(X: jax.Array, *, drop: bool, product: Callable = jnp.matmul) ->
         # No is what NaN answers, which stays so, and 0 too: no matter of the other matrices.
         far = jnp.any((_square(I - 2 * A + A2) > _NEAR**4) & (_square(A) > 0))
         quintics = table[jnp.where(far, step, len(triples) - 1)]
-        (_, _, W), _ = jax.lax.scan(quintic, (A, A2, I), quintics, unroll=1)
+        (_, _, W), _ = jax.lax.scan(quintic, (A, A2, I), quintics, unroll=unroll)
         return jnp.where(far, step + 1, len(triples)), product(W, Y)
 
     start = (jnp.zeros([], jnp.int32), unit_scale(X))
@@ -252,14 +236,15 @@ def above_rounding(s: jax.Array) -> jax.Array:
     return ~(s <= 4 * jnp.finfo(s.dtype).eps * s[..., :1])
 
 
-def _newton_schulz(x: jax.Array, product: Callable = jnp.matmul) -> jax.Array:
+def _newton_schulz(x: jax.Array, *, product: Callable, unroll: int) -> jax.Array:
     a, b, c = _NEWTON_SCHULZ
-    x = unit_scale(x)
-    x = x / jnp.maximum(_square(x), 1) ** 0.5
-    for _ in range(5):
+
+    def step(_, x):
         gram = product(x, x.mT)
-        x = a * x + product(b * gram + c * product(gram, gram), x)
-    return x
+        return a * x + product(b * gram + c * product(gram, gram), x)
+
+    x = unit_scale(x)
+    return jax.lax.fori_loop(0, 5, step, x / jnp.maximum(_square(x), 1) ** 0.5, unroll=unroll)
 
 
 _POLAR = {

@@ -114,10 +114,13 @@ def lift(
         sizes = [max(x.size for x in arrays) for arrays in zip(*columns, strict=True)]
         phases = _phases(weight_dimension_numbers, shapes) if rule.stagger else {}
         for group in groups_of(rule, members, sizes, phases):
-            step = group_step(rule, group, of(paths, group), skip_nonfinite, precision)
-            words, leaves_of_group = rule.words(group.view), of(leaves, group)
+            views_of_group, leaves_of_group = of(views, group), of(leaves, group)
+            step = group_step(
+                rule, group, of(paths, group), views_of_group, skip_nonfinite, precision
+            )
             old = [[column[k] for k in group.members] for column in columns]
-            step = _layout.in_auto_mode(step, group.spec, group.view, words, old)
+            words = rule.words(views_of_group[0])
+            step = _layout.in_auto_mode(step, leaves_of_group, views_of_group, words, old)
             # The state is not made ready before there are gradients.
             old, leaves_of_group = jax.lax.optimization_barrier((old, leaves_of_group))
             if not group.layer:  # groups of all layers go one after the other

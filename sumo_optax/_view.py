@@ -45,6 +45,12 @@ class View(NamedTuple):
         sides = self.n_axes + self.m_axes if self.wide else self.m_axes + self.n_axes
         return self.batch_axes + sides
 
+    def part(self, turns: int) -> "View":
+        """Of a leaf with so many times fewer layers: a part of this one's."""
+        first = self.batch_axes[0]
+        shape = [size // turns if a == first else size for a, size in enumerate(self.leaf_shape)]
+        return self._replace(leaf_shape=tuple(shape))
+
     def to_matrices(self, leaf: jax.Array) -> jax.Array:
         return self.as_stored(leaf).mT if self.wide else self.as_stored(leaf)
 

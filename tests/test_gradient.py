@@ -77,7 +77,9 @@ def test_updates_are_multiplied_out_either_way_and_0_where_not_good(transposed, 
 
 
 def test_projected_gradients_refuse_what_they_do_not_hold():
-    held = ProjectedGradients(BATCHES, False, jnp.float32, None, jnp.asarray(X), None, (M, N), "w")
+    held = ProjectedGradients(
+        BATCHES, [False] * 3, jnp.float32, None, [None] * 3, jnp.asarray(X), None, (M, N), "w"
+    )
     np.testing.assert_array_equal(held.left_product(Q), X)
     for read in (
         lambda: held.right_product(V),

@@ -99,7 +99,10 @@ def test_polar_factor_is_batched_and_keeps_the_dtype():
 
 @pytest.mark.parametrize(
     "polar",
-    [sumo_optax.polar_factor, lambda X: _linalg._by_products(jnp.asarray(X), drop=True)],
+    [
+        sumo_optax.polar_factor,
+        lambda X: _linalg._by_products(jnp.asarray(X), drop=True, product=jnp.matmul, unroll=3),
+    ],
     ids=["one by one as on a CPU", "together as on a GPU"],
 )
 def test_a_stack_has_matrices_of_all_kinds(polar):
