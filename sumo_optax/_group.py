@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from sumo_optax import _layout
-from sumo_optax._axes import Path, PyTree, part_of, path_string
 from sumo_optax._gradient import (
     ProjectedGradient,
     ProjectedGradients,
@@ -27,6 +26,7 @@ from sumo_optax._gradient import (
     stack_of,
 )
 from sumo_optax._linalg import at_least_float32, choose
+from sumo_optax._paths import Path, PyTree, part_of, path_string
 from sumo_optax._view import Side, View
 
 # Numbers in an array of a group: a step holds ten such stacks for a moment.

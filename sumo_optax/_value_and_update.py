@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sumo_optax._axes import Path, named_leaves, path_string
 from sumo_optax._parts import Arrays, Parts, numbers_of_parts
+from sumo_optax._paths import Path, named_leaves, path_string
 from sumo_optax._program import Evaluator, Pullback, Scan, traced, uses
 
 
