@@ -8,6 +8,7 @@ left open is no matrix: the fallback is the safe choice, and `init` warns of it.
 import math
 import re
 from collections.abc import Iterable
+from os.path import commonprefix
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -169,10 +170,10 @@ def _reading(x: _Leaf, by_names: dict[Path, _Leaf]) -> Reading:
 
 
 def _no_matrix(x: _Leaf) -> str | None:
-    if jnp.ndim(x.leaf.value) < 2:
-        return "a scalar or a vector"
     if 0 in x.shape:
         return "it holds no numbers"
+    if sum(n > 1 for n in jnp.shape(x.leaf.value)) < 2:
+        return "a scalar or a vector"
     if _VECTOR.search(x.name):
         return f"a vector by its name, {x.name}"
     if any(map(_NORM.search, x.names)):
@@ -283,7 +284,7 @@ def _by_type(x: _Leaf) -> Reading | None:
     for node, kind in reversed(kinds):
         why = f"the layout of {kind}"
         if kind == "Embedding" or kind.endswith("Norm"):
-            return Reading(None, f"of a {kind}")
+            return Reading(None, f"of a module {kind}")
         if hasattr(node, "In") and hasattr(node, "Out"):
             return _by_named_sides(whole, node, why)
         own = {"Linear": 2, "GRUCell": 2, "LSTMCell": 2}.get(kind)
@@ -324,7 +325,7 @@ def _without_stacks(leaves: list[_Leaf]) -> list[_Leaf]:
 def _unstacked(block: list[_Leaf], depth: int) -> list[_Leaf]:
     """A block's leaves without the axes that are stacks in it, and then in the blocks inside."""
     while positions := _stack(block):
-        where = "/".join(block[0].leaf.path[:depth]) or "the tree"
+        where = "/".join(commonprefix([x.leaf.path for x in block])) or "the tree"
         size = block[0].shape[positions[0]]
         block = [
             x.without([i], f"axis {x.axes[i]} is a stack of {size}, as in all of {where}")
@@ -367,19 +368,19 @@ def _has_heads(x: _Leaf) -> bool:
 def _is_stack(block: list[_Leaf], positions: list[int], size: int) -> bool:
     """Whether more than chance makes leaves share a size: a width of the model is shared too."""
     rests = [x.shape[:i] + x.shape[i + 1 :] for x, i in zip(block, positions, strict=True)]
-    if size <= 1:
+    large = [rest for x, rest in zip(block, rests, strict=True) if _is_large(x)]
+    least = size < min((n for rest in rests for n in rest), default=0)
+    if size == 1:
         return False
     for x, rest in zip(block, rests, strict=True):
         if len(rest) != 1:
             continue
-        width = rest[0]
-        others = (r for y, r in zip(block, rests, strict=True) if _is_large(y))
-        if x.is_norm or (width > size and any(width in r for r in others)):
+        of_width = size < rest[0] and any(rest[0] in other for other in large)
+        if x.is_norm or (of_width and (least or _VECTOR.search(x.name))):
             return True
-    sizes = {n for rest in rests for n in rest}
-    several = len(block) > 2 and len(set(rests)) > 1
-    kernels = all(map(_is_large, block)) and not any("conv" in x.inside for x in block)
-    return kernels and several and size < min(sizes) and not all(map(_has_heads, block))
+    several = len(large) == len(block) > 2 and len(set(rests)) > 1
+    convolves = any("conv" in x.inside for x in block)
+    return several and least and not convolves and not all(map(_has_heads, block))
 
 
 def _stack_in_several_places(block: list[_Leaf]) -> list[int] | None:
@@ -457,10 +458,9 @@ def _by_name(x: _Leaf, by_names: dict[Path, _Leaf]) -> Reading | None:
     if out_first:
         return None
     if own == 3 and _INTO_HEADS.match(x.module):
-        return _heads(x, batch, 2, f"{x.module} kernels are (d, heads, head_dim)")
-    attends = "att" in x.inside and _OUT_OF_ATTENTION.match(x.module)
-    if own == 3 and (attends or _OUT_OF_HEADS.match(x.module)):
-        return _heads(x, batch, 1, f"{x.module} kernels are (heads, head_dim, d)")
+        return _into_heads(x, batch, by_names)
+    if own == 3 and _is_out_of_heads(x):
+        return _out_of_heads(x, batch)
     return _unnamed_convolution(x) if x.name in _KERNELS else None
 
 
@@ -475,21 +475,38 @@ def _einsum(x: _Leaf, by_names: dict[Path, _Leaf]) -> Reading | None:
     return _matrix(x, batch, inputs, outputs, f"{x.module}'s equation")
 
 
-def _heads(x: _Leaf, batch: int, outputs: int, why: str) -> Reading:
-    side = x.shape[batch] if outputs == 2 else x.shape[-1]
-    others = x.shape[batch + 1 :] if outputs == 2 else x.shape[batch:-1]
-    return _split(x, batch, outputs, why)._replace(is_short=side < min(others))
+def _into_heads(x: _Leaf, batch: int, by_names: dict[Path, _Leaf]) -> Reading:
+    """(d, heads, head_dim), or (heads, d, head_dim) where the kernel out of the heads says so."""
+    block = x.names[: x.names.index(x.module)]
+    outs = [y for k, y in by_names.items() if k[: len(block)] == block and _is_out_of_heads(y)]
+    width = {y.shape[-1] for y in outs}
+    if len(x.shape) == 3 and width == {x.shape[1]} != {x.shape[0]}:
+        return _matrix(x, (), (1,), (0, 2), f"{x.module} kernels here are (heads, d, head_dim)")
+    found = _split(x, batch, 2, f"{x.module} kernels are (d, heads, head_dim)")
+    return found._replace(is_short=x.shape[batch] < min(x.shape[batch + 1 :]))
+
+
+def _out_of_heads(x: _Leaf, batch: int) -> Reading:
+    found = _split(x, batch, 1, f"{x.module} kernels are (heads, head_dim, d)")
+    return found._replace(is_short=x.shape[-1] < min(x.shape[batch:-1]))
+
+
+def _is_out_of_heads(x: _Leaf) -> bool:
+    attends = "att" in x.inside and _OUT_OF_ATTENTION.match(x.module)
+    return len(x.shape) > 2 and bool(attends or _OUT_OF_HEADS.match(x.module))
 
 
 def _is_expert(x: _Leaf, by_names: dict[Path, _Leaf]) -> bool:
     """By its path, or by a router beside it that has as many outputs."""
     if re.search(r"expert|(^|_| )moe", x.inside):
         return True
-    blocks = [x.names[:-1], x.names[:-2]]
-    for block in filter(None, blocks):
+    if _INTO_HEADS.match(x.module) or _OUT_OF_HEADS.match(x.module):
+        return False
+    for block in filter(None, (x.names[:-1], x.names[:-2])):
         for names, y in by_names.items():
             inside = names[: len(block)] == block and any(map(_ROUTER.search, names[len(block) :]))
-            if inside and len(y.shape) == 2 and x.shape[0] in y.shape:
+            experts = y.shape[:1] if y.name == "weight" else y.shape[-1:]
+            if inside and len(y.shape) == 2 and experts == x.shape[:1]:
                 return True
     return False
 

@@ -155,6 +155,7 @@ def in_subspace(
     scale: jax.typing.ArrayLike,
     **lifted: Any,
 ) -> optax.GradientTransformationExtraArgs:
+    _check.transformation("inner", inner)
     rank = _check.integer("rank", rank, least=1)
     refresh_every = _check.integer("refresh_every", refresh_every, least=1)
     _check.choice("side", side, get_args(Side))
