@@ -12,7 +12,7 @@ import optax
 from sumo_optax import _check
 from sumo_optax._axes import MatrixAxes, WeightDimensionNumbers, resolve
 from sumo_optax._in_subspace import SubspaceState
-from sumo_optax._linalg import svd
+from sumo_optax._linalg import at_least_float32, svd
 from sumo_optax._mofasgd import MofasgdState
 from sumo_optax._paths import Path, PyTree, map_named, named_leaves, path_string
 from sumo_optax._sumo import SumoState
@@ -241,7 +241,7 @@ def _factors(
     axes: MatrixAxes | None,
 ) -> tuple[jax.Array, jax.Array]:
     """L (*batch, m, k) and R (*batch, k, n) of a first moment L R, in at least float32."""
-    held = tuple(x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in held)
+    held = tuple(map(at_least_float32, held))
     if isinstance(source, SumoState):
         Q, M, *_ = held
         return Q, M

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 import jax.numpy as jnp
 
-from sumo_optax._linalg import at_least_float32, largest_entry, svd, written_out
+from sumo_optax._linalg import at_least_float32, largest_entry, svd, wide, written_out
 
 Batch = tuple[int, ...]
 
@@ -115,7 +115,7 @@ class WholeGradients(Gradients):
 
     def _product(self, X: jax.Array, transposed: bool) -> jax.Array:
         """X times what the leaves hold, or its transpose; sums in float32."""
-        dtype = jnp.promote_types(self.dtype, jnp.float32)
+        dtype = wide(self.dtype)
         pieces = pieces_of(written_out(X.astype(self.dtype)), self.batches)
         return self._stack(
             [

@@ -25,7 +25,7 @@ from sumo_optax._gradient import (
     shaped,
     stack_of,
 )
-from sumo_optax._linalg import at_least_float32, choose
+from sumo_optax._linalg import at_least_float32, choose, wide
 from sumo_optax._paths import Path, PyTree, part_of, path_string
 from sumo_optax._view import Side, View
 
@@ -170,7 +170,7 @@ def _stack_step(
 
     def step(leaves, states, t, key):
         G = (_projected if group.projected else _whole)(view, leaves, batches, precision, paths)
-        dtype = jnp.promote_types(group.dtype, jnp.float32)
+        dtype = wide(group.dtype)
         stacks = [cast(stack_of(arrays, axes=len(view.batch)), dtype) for arrays in states]
         old = rule.structure().unflatten(stacks)
         key_of = lambda path_hash: jax.random.fold_in(jax.random.fold_in(key, path_hash), t)

@@ -20,6 +20,7 @@ from sumo_optax._group import (
     is_projected,
     or_zero,
 )
+from sumo_optax._linalg import wide
 from sumo_optax._paths import Path, PyTree, named_leaves, path_string, whole_of
 from sumo_optax._view import View, matrix_views
 
@@ -62,7 +63,7 @@ def lift(
                 words.append(None)
                 continue
             _check_real(path, leaf)
-            dtype = jnp.promote_types(_at_least_bfloat16(leaf.dtype), jnp.float32)
+            dtype = wide(leaf.dtype)
             key_of_leaf = jax.random.fold_in(jax.random.fold_in(key, hash_of(path)), 0)
             one = rule.init(view.m, view.n, dtype, key_of_leaf)
             one = _stacked(one, view.batch, dtype if state_dtype is None else state_dtype)
@@ -104,7 +105,7 @@ def lift(
             **extra_args,
         )
         others = jax.tree.map(or_zero, finite, others)
-        skipped = state.skipped + sum(~ok for ok in jax.tree.leaves(finite))
+        skipped = state.skipped + sum((~ok).astype(jnp.int32) for ok in jax.tree.leaves(finite))
 
         outputs = treedef.flatten_up_to(others)
         columns = [jax.tree.leaves(tree) for tree in trees]

@@ -456,7 +456,19 @@ ROLES = {
         for name in ("Conv_0", "Conv_1", "conv_proj", "conv_init")
     },
 }
-NONE = ("embed", "norm", "Norm", "bias", "logits", "head/", "lm_head", "MAPHead", "sinks", "cls", "bn_")
+NONE = (
+    "embed",
+    "norm",
+    "Norm",
+    "bias",
+    "logits",
+    "head/",
+    "lm_head",
+    "MAPHead",
+    "sinks",
+    "cls",
+    "bn_",
+)
 
 
 def expected(shapes):

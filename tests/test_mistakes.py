@@ -227,9 +227,7 @@ def test_trees_of_vectors_and_masked_trees_are_no_mistake():
     vectors = {"norm": {"scale": jnp.ones(4)}, "bias": jnp.ones(4)}
     tx = sumo_optax.sumo(1e-3, 2)
     masked = optax.masked(tx, {"norm": True, "bias": True, "mixer": False})
-    part = optax.partition(
-        {"a": tx, "b": optax.sgd(0.1)}, {"norm": "a", "bias": "a", "mixer": "b"}
-    )
+    part = optax.partition({"a": tx, "b": optax.sgd(0.1)}, {"norm": "a", "bias": "a", "mixer": "b"})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         tx.init(vectors)
@@ -249,4 +247,6 @@ def test_describe_says_why():
     tx = sumo_optax.sumo(1e-3, 2, weight_dimension_numbers={**params, "up": None, "down": None,
         "head": Axes(), "mixer": Axes(1, 2)})  # fmt: skip
     why = {leaf.path: leaf.why for leaf in sumo_optax.describe(tx, params).leaves}
-    assert why["up/kernel"] == why["mixer"] == why["head/kernel"] == "weight_dimension_numbers says so"
+    assert (
+        why["up/kernel"] == why["mixer"] == why["head/kernel"] == "weight_dimension_numbers says so"
+    )
