@@ -40,13 +40,14 @@ _OUT_OF_ATTENTION = re.compile(r"^(wo|output|c_proj|proj)$")
 _ROUTER = re.compile(r"router|^gate$")
 _SHORT_CONV = re.compile(r"conv_?1d|short_?conv|depthwise|dwconv")
 
-# The kernels of einsum layers, with (axes of several matrices; inputs; outputs).
+# Inputs and outputs of einsum layers' kernels, N heads and D the width. The first axis of those
+# that hold several matrices is of no side.
 _EINSUMS = {
-    "q_einsum": ((), (1,), (0, 2)),  # NDH
-    "kv_einsum": ((0,), (2,), (1, 3)),  # 2KDH
-    "qkv_einsum": ((0,), (2,), (1, 3)),  # 3NDH
-    "attn_vec_einsum": ((), (0, 1), (2,)),  # NHD
-    "gating_einsum": ((0,), (1,), (2,)),  # 2DF
+    "q_einsum": ((1,), (0, 2)),  # NDH
+    "kv_einsum": ((2,), (1, 3)),  # 2KDH
+    "qkv_einsum": ((2,), (1, 3)),  # 3NDH
+    "attn_vec_einsum": ((0, 1), (2,)),  # NHD
+    "gating_einsum": ((1,), (2,)),  # 2DF
 }
 
 # What variables call their axes.
@@ -59,7 +60,7 @@ _VOCABULARY_NAME = re.compile(r"^vocab")
 class Reading(NamedTuple):
     """What a leaf was found to be."""
 
-    axes: MuonDimensionNumbers | None
+    axes: tuple[Axes, Axes] | None  # of inputs and outputs
     why: str
     is_open: bool = False  # it may hold a matrix all the same
     is_short: bool = False  # one side is shorter than all other axes, as a stack's is
@@ -137,7 +138,8 @@ def flax_dimension_numbers(params: PyTree) -> PyTree:
       MuonDimensionNumbers(reduction_axis=(0,), output_axis=(1,))
     """
     found = readings(params)
-    return map_named(lambda path, _: found[path].axes, params)
+    numbers = lambda axes: None if axes is None else MuonDimensionNumbers(*axes)
+    return map_named(lambda path, _: numbers(found[path].axes), params)
 
 
 def readings(params: PyTree) -> dict[Path, Reading]:
@@ -191,25 +193,22 @@ def _because(x: _Leaf, why: str) -> str:
     return "; ".join((*x.stacks, why))
 
 
-def _matrix(
-    x: _Leaf, batch: Axes, inputs: Axes, outputs: Axes, why: str, *, is_short: bool = False
-) -> Reading:
+def _matrix(x: _Leaf, inputs: Axes, outputs: Axes, why: str) -> Reading:
     """Axes are those of `x`. A matrix of one row is a vector."""
     sides = [math.prod(x.shape[i] for i in side) for side in (inputs, outputs)]
     if min(sides) == 1:
         return Reading(None, _because(x, "one row or column alone"))
     of_leaf = lambda side: tuple(x.axes[i] for i in side)
-    numbers = MuonDimensionNumbers(of_leaf(inputs), of_leaf(outputs))
-    return Reading(numbers, _because(x, why), is_short=is_short)
+    return Reading((of_leaf(inputs), of_leaf(outputs)), _because(x, why))
 
 
 def _split(x: _Leaf, batch: int, outputs: int, why: str, *, out_first: bool = False) -> Reading:
     """The axes after the batch: inputs first, then outputs, or the other way round."""
     axes = tuple(range(batch, len(x.shape)))
     if out_first:
-        return _matrix(x, (), axes[outputs:], axes[:outputs], why)
+        return _matrix(x, axes[outputs:], axes[:outputs], why)
     split = len(axes) - outputs
-    return _matrix(x, (), axes[:split], axes[split:], why)
+    return _matrix(x, axes[:split], axes[split:], why)
 
 
 # 1. What variables carry
@@ -239,7 +238,8 @@ def _axis_names(leaf: Leaf) -> list[tuple[str, ...]]:
 
 
 def _is_named(pattern: re.Pattern, names: tuple[str, ...]) -> bool:
-    return any(map(pattern.match, names))
+    """Several names on one axis are of a mesh, which says nothing of a model."""
+    return len(names) == 1 and bool(pattern.match(names[0]))
 
 
 def _stacked_by_metadata(x: _Leaf) -> _Leaf:
@@ -264,7 +264,7 @@ def _by_axis_names(x: _Leaf) -> Reading | None:
         return None
     rest = tuple(i for i in range(len(x.shape)) if i not in width)
     inputs, outputs = (rest, tuple(width)) if width[0] > rest[-1] else (tuple(width), rest)
-    return _matrix(x, (), inputs, outputs, "its variable names the axes")
+    return _matrix(x, inputs, outputs, "its variable names the axes")
 
 
 # 2. The types of modules
@@ -305,11 +305,11 @@ def _by_named_sides(x: _Leaf, layer: Any, why: str) -> Reading | None:
         return None
     several = lambda side: side if isinstance(side, (tuple, list)) else (side,)
     named = lambda side: {getattr(a, "name", a) for a in several(side)}
-    sides = [
+    inputs, outputs = (
         tuple(i for i, a in enumerate(axes) if a.name in named(side))
         for side in (layer.In, layer.Out)
-    ]
-    return _matrix(x, (), *sides, why) if all(sides) else None
+    )
+    return _matrix(x, inputs, outputs, why) if inputs and outputs else None
 
 
 # 3. The shapes of the whole tree
@@ -343,12 +343,14 @@ def _stack(block: list[_Leaf]) -> list[int] | None:
     """Which axis of each leaf is the stack that they all share, if there is one."""
     if len(block) < 2 or not all(x.shape for x in block) or not any(map(_is_large, block)):
         return None
-    places = []
+    if any(_is_router(x) and len(x.shape) == 2 for x in block):  # its experts are no layers
+        return None
+    places: list[tuple[int, list[int]]] = []
     for place in (0, 1):
         positions = [min(place, len(x.shape) - 1) for x in block]
         sizes = {x.shape[i] for x, i in zip(block, positions, strict=True)}
         if len(sizes) == 1 and _is_stack(block, positions, *sizes):
-            places.append((*sizes, positions))
+            places.append((min(sizes), positions))
     if places:  # a model has fewer layers than channels
         return min(places, key=lambda found: found[0])[1]
     return _stack_in_several_places(block)
@@ -465,14 +467,14 @@ def _by_name(x: _Leaf, by_names: dict[Path, _Leaf]) -> Reading | None:
 
 
 def _einsum(x: _Leaf, by_names: dict[Path, _Leaf]) -> Reading | None:
-    batch, inputs, outputs = _EINSUMS[x.module]
-    if len(x.shape) != len(batch + inputs + outputs):
+    inputs, outputs = _EINSUMS[x.module]
+    if len(x.shape) != max(inputs + outputs) + 1:
         return None
     block = x.names[: x.names.index(x.module)]
     down = by_names.get((*block, "linear", "w")) or by_names.get((*block, "linear"))
     if x.module == "gating_einsum" and down and down.shape[0] == x.shape[1] != x.shape[2]:
         inputs, outputs = outputs, inputs
-    return _matrix(x, batch, inputs, outputs, f"{x.module}'s equation")
+    return _matrix(x, inputs, outputs, f"{x.module}'s equation")
 
 
 def _into_heads(x: _Leaf, batch: int, by_names: dict[Path, _Leaf]) -> Reading:
@@ -481,7 +483,7 @@ def _into_heads(x: _Leaf, batch: int, by_names: dict[Path, _Leaf]) -> Reading:
     outs = [y for k, y in by_names.items() if k[: len(block)] == block and _is_out_of_heads(y)]
     width = {y.shape[-1] for y in outs}
     if len(x.shape) == 3 and width == {x.shape[1]} != {x.shape[0]}:
-        return _matrix(x, (), (1,), (0, 2), f"{x.module} kernels here are (heads, d, head_dim)")
+        return _matrix(x, (1,), (0, 2), f"{x.module} kernels here are (heads, d, head_dim)")
     found = _split(x, batch, 2, f"{x.module} kernels are (d, heads, head_dim)")
     return found._replace(is_short=x.shape[batch] < min(x.shape[batch + 1 :]))
 
@@ -502,13 +504,17 @@ def _is_expert(x: _Leaf, by_names: dict[Path, _Leaf]) -> bool:
         return True
     if _INTO_HEADS.match(x.module) or _OUT_OF_HEADS.match(x.module):
         return False
-    for block in filter(None, (x.names[:-1], x.names[:-2])):
-        for names, y in by_names.items():
-            inside = names[: len(block)] == block and any(map(_ROUTER.search, names[len(block) :]))
-            experts = y.shape[:1] if y.name == "weight" else y.shape[-1:]
-            if inside and len(y.shape) == 2 and experts == x.shape[:1]:
-                return True
-    return False
+    routers = [y for y in by_names.values() if _is_router(y) and len(y.shape) == 2]
+    experts = lambda y: y.shape[:1] if y.name == "weight" else y.shape[-1:]
+    return any(
+        y.names[: len(block)] == block and experts(y) == x.shape[:1]
+        for block in filter(None, (x.names[:-1], x.names[:-2]))
+        for y in routers
+    )
+
+
+def _is_router(x: _Leaf) -> bool:
+    return x.name in _KERNELS and any(map(_ROUTER.search, x.names))
 
 
 def _has_one_channel(x: _Leaf) -> bool:

@@ -54,7 +54,7 @@ class Report(NamedTuple):
     @property
     def reasons(self) -> str:
         """A table of why each leaf is a matrix, or is none."""
-        rows = [("parameter", "shape", "role", "why")]
+        rows: list[tuple[str, ...]] = [("parameter", "shape", "role", "why")]
         for path, [x, *_] in _alike(self.leaves, lambda x: (x.shape, x.role, x.why)):
             rows.append((path, f"({','.join(map(str, x.shape))})", x.role, x.why))
         return table(rows)
@@ -200,7 +200,7 @@ def _leaf_report(
     q = math.prod(shape) // (math.prod(batch) * p)
     m, n = max(p, q), min(p, q)
     axes, why = _axes_as_read(reading, shape, tuple(batch), {p, q})
-    inputs = {math.prod(shape[a] for a in axes.reduction_axis)} if axes else _products(shape, batch)
+    inputs = {math.prod(shape[a] for a in axes[0])} if axes else _products(shape, batch)
     side = "in" if p in inputs else "out"
     return LeafReport(
         path_string(path), shape, "matrix", tuple(batch), m, n, side, r, held, adamw, why
@@ -213,9 +213,8 @@ def _axes_as_read(reading: Reading, shape, batch, sides: set[int]) -> tuple[Any,
     if axes is None:
         return None, _TOLD
     size = lambda side: math.prod(shape[a] for a in side)
-    named = (*axes.reduction_axis, *axes.output_axis)
-    others = tuple(n for a, n in enumerate(shape) if a not in named)
-    same = others == batch and {size(axes.reduction_axis), size(axes.output_axis)} == sides
+    others = tuple(n for a, n in enumerate(shape) if a not in axes[0] + axes[1])
+    same = others == batch and set(map(size, axes)) == sides
     return (axes, reading.why) if same else (None, _TOLD)
 
 

@@ -166,6 +166,20 @@ TREES = {
         },
         {"mlp/gate_proj": BIO, "mlp/down_proj": BIO, "mlp/router/kernel": IO},
     ),
+    "experts of a router that is out before in": (
+        {
+            "mlp/router/weight": (4, 64),
+            "mlp/router/bias": (4,),
+            "mlp/experts/gate_up_proj": (4, 64, 192),
+            "mlp/experts/gate_up_proj_bias": (4, 192),
+            "mlp/experts/down_proj": (4, 96, 64),
+        },
+        {
+            "mlp/router/weight": OI,
+            "mlp/experts/gate_up_proj": BIO,
+            "mlp/experts/down_proj": BIO,
+        },
+    ),
     "heads of models and tables": (
         {
             "logits_dense/kernel": (64, 100),
@@ -254,6 +268,29 @@ def test_axis_names_of_variables(name):
     shape, metadata = VARIABLES[name]
     tree = {"layer": {"w": Variable(array(*shape), **metadata)}}
     assert list(found(tree).values()) == ([SAID[name]] if name in SAID else [])
+
+
+def test_several_names_on_an_axis_are_of_a_mesh():
+    sharding = (("fsdp", "expert"), "tensor", None)
+    tree = {"query": {"kernel": Variable(array(32, 4, 8), out_sharding=sharding)}}
+    assert list(found(tree).values()) == [((0,), (1, 2))]
+
+
+def test_what_init_alone_was_told_is_asked_for():
+    """As with nnx.Optimizer, which gives `update` arrays without their variables."""
+    is_variable = lambda x: isinstance(x, Variable)
+    pure = lambda tree: jax.tree.map(
+        lambda x: x.value if is_variable(x) else x, tree, is_leaf=is_variable
+    )
+    names = ("heads", "embed", "kv")
+    params = {"mix": Variable(jnp.ones((4, 32, 8)), sharding_names=names), "w": jnp.ones((8, 6))}
+    tx = sumo_optax.scale_by_sumo(2)
+    with pytest.raises(ValueError, match="mix is no matrix here.*flax_dimension_numbers"):
+        tx.update(pure(params), pure(tx.init(params)))
+    told = sumo_optax.flax_dimension_numbers(params)
+    tx = sumo_optax.scale_by_sumo(2, weight_dimension_numbers=told)
+    updates, _ = tx.update(pure(params), pure(tx.init(params)))
+    assert jnp.abs(updates["mix"]).max() > 0
 
 
 def test_axis_names_of_linen_boxes():
