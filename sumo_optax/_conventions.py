@@ -317,8 +317,8 @@ def _by_named_sides(x: _Leaf, layer: Any, why: str) -> Reading | None:
 
 def _without_stacks(leaves: list[_Leaf]) -> list[_Leaf]:
     found = _unstacked([_stacked_by_metadata(x) for x in leaves], 0)
-    norms = _norms_of_blocks(found)
-    of_path = {x.leaf.path: _unstacked_like_norms(x, norms) for x in found}
+    blocks = _blocks_with_norms(found)
+    of_path = {x.leaf.path: _unstacked_like_norms(x, blocks) for x in found}
     return [of_path[x.leaf.path] for x in leaves]
 
 
@@ -371,13 +371,11 @@ def _is_stack(block: list[_Leaf], positions: list[int], size: int) -> bool:
     """Whether more than chance makes leaves share a size: a width of the model is shared too."""
     rests = [x.shape[:i] + x.shape[i + 1 :] for x, i in zip(block, positions, strict=True)]
     large = [rest for x, rest in zip(block, rests, strict=True) if _is_large(x)]
-    least = size < min((n for rest in rests for n in rest), default=0)
-    if size == 1:
-        return False
+    least = 1 < size < min((n for rest in rests for n in rest), default=0)
     for x, rest in zip(block, rests, strict=True):
         if len(rest) != 1:
             continue
-        of_width = size < rest[0] and any(rest[0] in other for other in large)
+        of_width = 1 < size < rest[0] and any(rest[0] in other for other in large)
         if x.is_norm or (of_width and (least or _VECTOR.search(x.name))):
             return True
     several = len(large) == len(block) > 2 and len(set(rests)) > 1
@@ -398,22 +396,29 @@ def _stack_in_several_places(block: list[_Leaf]) -> list[int] | None:
     return [x.shape.index(size) for x in block] if once else None
 
 
-def _norms_of_blocks(leaves: list[_Leaf]) -> dict[Path, list[Shape]]:
-    norms: dict[Path, list[Shape]] = {}
+def _blocks_with_norms(leaves: list[_Leaf]) -> dict[Path, list[_Leaf]]:
+    blocks: dict[Path, list[_Leaf]] = {}
     for x in leaves:
-        if x.is_norm:
-            for depth in range(len(x.leaf.path)):
-                norms.setdefault(x.leaf.path[:depth], []).append(x.shape)
-    return norms
+        for depth in range(len(x.leaf.path)):
+            blocks.setdefault(x.leaf.path[:depth], []).append(x)
+    return {path: block for path, block in blocks.items() if any(x.is_norm for x in block)}
 
 
-def _unstacked_like_norms(x: _Leaf, norms: dict[Path, list[Shape]]) -> _Leaf:
-    """Without the leading axes that it shares with the norms of its nearest enclosing block."""
+def _unstacked_like_norms(x: _Leaf, blocks: dict[Path, list[_Leaf]]) -> _Leaf:
+    """Without the leading axes that all kernels of its nearest block share with the norms there.
+
+    Other leaves of the block may be of other shapes.
+    """
     if not _is_large(x):
         return x
-    blocks = (x.leaf.path[:depth] for depth in range(len(x.leaf.path) - 1, -1, -1))
-    nearest = next((norms[block] for block in blocks if block in norms), [])
-    stacks = [len(s) - 1 for s in nearest if s and s[:-1] == x.shape[: len(s) - 1]]
+    enclosing = (x.leaf.path[:depth] for depth in range(len(x.leaf.path) - 1, -1, -1))
+    block = next((blocks[path] for path in enclosing if path in blocks), [])
+    kernels = [y.shape for y in block if _is_large(y)]
+    stacks = [
+        len(y.shape) - 1
+        for y in block
+        if y.is_norm and y.shape and all(k[: len(y.shape) - 1] == y.shape[:-1] for k in kernels)
+    ]
     return x.without(range(max(stacks, default=0)), "its leading axes are those of the norms")
 
 

@@ -211,6 +211,42 @@ def test_trees(shapes, matrices):
     assert found(tree_of(shapes)) == matrices
 
 
+# Sizes that leaves share by chance, or because it is the model's width.
+NO_STACKS = {
+    "as many heads as numbers in each": (
+        {"query/kernel": (16, 4, 4), "query/bias": (4, 4)},
+        {"query/kernel": ((0,), (1, 2))},
+    ),
+    "a block that reads the width alone": (
+        {"query/kernel": (16, 2, 8), "up/kernel": (16, 40), "up/bias": (40,)},
+        {"query/kernel": ((0,), (1, 2)), "up/kernel": IO},
+    ),
+    "heads, with a norm of each": (
+        {
+            "q/kernel": (32, 4, 8),
+            "k/kernel": (32, 4, 8),
+            "out/kernel": (4, 8, 32),
+            "q_norm/scale": (4, 8),
+        },
+        {"q/kernel": ((0,), (1, 2)), "k/kernel": ((0,), (1, 2)), "out/kernel": ((0, 1), (2,))},
+    ),
+    "convolutions over time": (
+        {"conv_0/w": (3, 8, 16), "conv_1/w": (3, 16, 16), "conv_2/w": (3, 16, 8)},
+        {f"conv_{i}/w": ((0, 1), (2,)) for i in range(3)},
+    ),
+    "a layer alone": (
+        {"layers/q_proj/kernel": (1, 8, 8), "layers/norm/scale": (1, 8)},
+        {"layers/q_proj/kernel": BIO},
+    ),
+    "a cube": ({"up/kernel": (4, 4, 4), "up/bias": (4, 4)}, {}),
+}
+
+
+@pytest.mark.parametrize("shapes, matrices", NO_STACKS.values(), ids=NO_STACKS)
+def test_no_stacks(shapes, matrices):
+    assert found(tree_of(shapes)) == matrices
+
+
 def test_names_with_slashes_are_several():
     """Haiku's parameters are two levels deep."""
     tree = {
