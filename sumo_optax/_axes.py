@@ -33,7 +33,7 @@ def advise(weight_dimension_numbers: WeightDimensionNumbers | None, params: PyTr
     """Warns once of leaves that may be read wrongly; ValueError where that leaves no matrix."""
     leaves = named_leaves(params)
     named = lambda paths: _few([f"{path_string(p)} {jnp.shape(leaves[p])}" for p in paths])
-    if weight_dimension_numbers is None:
+    if _is_default(weight_dimension_numbers):
         found = readings(params)
         doubts = [path for path, x in found.items() if x.is_open]
         what = "path and shape do not tell which axes make a matrix"
@@ -73,10 +73,11 @@ def _specs(
     if isinstance(weight_dimension_numbers, MuonDimensionNumbers):
         spec = weight_dimension_numbers
         return {path: spec for path, x in named_leaves(params).items() if jnp.ndim(x) > 1}
+    if _is_default(weight_dimension_numbers):
+        axes = {path: x.axes for path, x in readings(params).items()}
+        return {path: x and MuonDimensionNumbers(*x) for path, x in axes.items()}
     tree = weight_dimension_numbers
-    if tree is None:
-        tree = flax_dimension_numbers(params)
-    elif callable(tree) and not any(map(_is_numbers, jax.tree.leaves(tree, is_leaf=_is_spec))):
+    if callable(tree) and not any(map(_is_numbers, jax.tree.leaves(tree, is_leaf=_is_spec))):
         tree = tree(params)  # a tree may be callable too: a module of Equinox's
     specs = named_leaves(tree, is_leaf=_is_spec)
     for path, spec in specs.items():
@@ -88,6 +89,10 @@ def _specs(
             )
     _check_all_used(specs, params)
     return specs
+
+
+def _is_default(weight_dimension_numbers: Any) -> bool:
+    return weight_dimension_numbers is None or weight_dimension_numbers is flax_dimension_numbers
 
 
 def _is_numbers(x: Any) -> bool:

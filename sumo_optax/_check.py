@@ -63,11 +63,11 @@ def choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
         raise ValueError(f"{name} must be one of {tuple(allowed)}, got {value!r}")
 
 
-def rate(name: str, value: Any, *, optional: bool = False) -> None:
+def scheduled(name: str, value: Any, *, least: float | None = None, optional: bool = False) -> None:
     if callable(value) or (optional and value is None):
         return
     try:
-        number(name, value)
+        number(name, value, least=least)
     except TypeError:
         allowed = f"{name} must be a number or a schedule" + (", or None" if optional else "")
         raise TypeError(f"{allowed}, got {value!r}") from None
@@ -90,9 +90,10 @@ def transformation(name: str, value: Any, *, or_else: str = "") -> None:
         raise TypeError(f"{name} must be {allowed}, got {_short(value)}")
 
 
-def arrays(name: str, tree: PyTree) -> None:
+def arrays(name: str, tree: PyTree, *, numbers: bool = False) -> None:
     for path, x in named_leaves(tree).items():
-        if not hasattr(x, "dtype") or not hasattr(x, "shape"):
+        is_number = numbers and isinstance(x, (int, float, complex))
+        if not is_number and not (hasattr(x, "dtype") and hasattr(x, "shape")):
             raise TypeError(
                 f"{name} must be a tree of arrays, got {_short(x)} at {path_string(path)};"
                 " equinox.filter(model, equinox.is_array) leaves the arrays of a module"

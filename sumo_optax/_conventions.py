@@ -74,6 +74,7 @@ class _Leaf(NamedTuple):
     axes: Axes  # of the leaf, that these are
     stacks: tuple[str, ...]  # why the others are stacks
     leaf: Leaf
+    is_norm: bool
 
     @property
     def name(self) -> str:
@@ -82,10 +83,6 @@ class _Leaf(NamedTuple):
     @property
     def module(self) -> str:
         return self.names[-2] if self.name in _KERNELS and len(self.names) > 1 else self.name
-
-    @property
-    def is_norm(self) -> bool:
-        return self.name in ("scale", "gamma") or any(map(_NORM.search, self.names))
 
     @property
     def inside(self) -> str:
@@ -153,7 +150,8 @@ def _named(leaf: Leaf) -> _Leaf:
     while len(names) > 1 and (names[-1].isdigit() or names[-1] in _ARRAYS):
         names.pop()
     shape = tuple(jnp.shape(leaf.value))
-    return _Leaf(tuple(names), shape, tuple(range(len(shape))), (), leaf)
+    is_norm = names[-1:] in (["scale"], ["gamma"]) or any(map(_NORM.search, names))
+    return _Leaf(tuple(names), shape, tuple(range(len(shape))), (), leaf, is_norm)
 
 
 def _reading(x: _Leaf, by_names: dict[Path, _Leaf]) -> Reading:
@@ -417,7 +415,9 @@ def _unstacked_like_norms(x: _Leaf, blocks: dict[Path, list[_Leaf]]) -> _Leaf:
     stacks = [
         len(y.shape) - 1
         for y in block
-        if y.is_norm and y.shape and all(k[: len(y.shape) - 1] == y.shape[:-1] for k in kernels)
+        if y.is_norm
+        and len(y.shape) > 1
+        and all(k[: len(y.shape) - 1] == y.shape[:-1] for k in kernels)
     ]
     return x.without(range(max(stacks, default=0)), "its leading axes are those of the norms")
 

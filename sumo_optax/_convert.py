@@ -115,6 +115,7 @@ def convert_state(
       >>> state[0].moment["dense"]["kernel"].shape
       (4, 16)
     """
+    _check.transformation("tx", tx)
     _check.number("adam_b1", adam_b1, least=0, below=1)
     fresh, sources = tx.init(params), list(_sources(state))
     if not any(map(_is_ours, _sources(fresh))):

@@ -51,7 +51,7 @@ def lift(
     )
 
     def init(params):
-        _check.arrays("params", params)
+        _check.arrays("params", params, numbers=True)
         leaves, treedef = jax.tree.flatten(params)
         advise(weight_dimension_numbers, params)
         views = matrix_views(params, weight_dimension_numbers, rule.side)
@@ -203,10 +203,10 @@ def descend(
 ) -> optax.GradientTransformationExtraArgs:
     """Decoupled weight decay and learning rate, for matrices and for the fallback's leaves."""
 
-    _check.rate("learning_rate", learning_rate)
-    _check.rate("adam_learning_rate", adam_learning_rate, optional=True)
-    _check.number("weight_decay", weight_decay, least=0)
-    _check.number("adam_weight_decay", adam_weight_decay, least=0)
+    _check.scheduled("learning_rate", learning_rate)
+    _check.scheduled("adam_learning_rate", adam_learning_rate, optional=True)
+    _check.scheduled("weight_decay", weight_decay, least=0)
+    _check.scheduled("adam_weight_decay", adam_weight_decay, least=0)
 
     def labels(params):
         treedef = jax.tree.structure(params)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AxisType, PartitionSpec
 
-from sumo_optax import _layout
+from sumo_optax import _check, _layout
 from sumo_optax._axes import WeightDimensionNumbers
 from sumo_optax._gradient import WholeGradients
 from sumo_optax._in_subspace import FIRST_MOMENTS, SubspaceState
@@ -159,6 +159,7 @@ def with_subspace_metrics(
       >>> float(sumo_optax.subspace_metrics(state).summary["captured"]) > 0.4
       True
     """
+    _check.transformation("tx", tx)
     tx = optax.with_extra_args_support(tx)
 
     def init(params):

@@ -113,6 +113,9 @@ def test_decay_is_not_negative(make, name):
         (lambda: sumo_optax.describe(PARAMS, sumo_optax.sumo(1e-3)), "tx_or_rank must be an optax"),
         (lambda: sumo_optax.state_bytes(PARAMS, sumo_optax.sumo(1e-3)), "tx must be an optax"),
         (lambda: sumo_optax.scale_by_sumo(4, fallback=1e-3), "fallback must be an optax"),
+        (lambda: sumo_optax.value_and_update(sumo_optax.sumo(1e-3), sum), "tx must be an optax"),
+        (lambda: sumo_optax.with_subspace_metrics(8), "tx must be an optax"),
+        (lambda: sumo_optax.convert_state(sumo_optax.sumo(1e-3), (), PARAMS), "tx must be an opt"),
         (
             lambda: sumo_optax.describe(4, sumo_optax.sumo(1e-3, 4).init(PARAMS)),
             "params must be a tree of parameters, got the state of an optimizer",
@@ -221,6 +224,12 @@ def test_a_side_as_short_as_a_stack_is_named():
 def test_nothing_but_open_leaves_is_an_error(wrap):
     with pytest.raises(ValueError, match=r"no leaf is a matrix.*mixer_0 \(4, 6, 8\), .*2 more"):
         wrap(sumo_optax.sumo(1e-3, 2).init)(OPEN)
+
+
+def test_the_default_by_name_is_the_default():
+    tx = sumo_optax.scale_by_sumo(2, weight_dimension_numbers=sumo_optax.flax_dimension_numbers)
+    with pytest.warns(UserWarning, match="path and shape do not tell .* mixer_0"):
+        tx.init(PARAMS | OPEN)
 
 
 def test_trees_of_vectors_and_masked_trees_are_no_mistake():
