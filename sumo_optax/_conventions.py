@@ -75,6 +75,7 @@ class _Leaf(NamedTuple):
     stacks: tuple[str, ...]  # why the others are stacks
     leaf: Leaf
     is_norm: bool
+    is_router: bool
 
     @property
     def name(self) -> str:
@@ -150,8 +151,9 @@ def _named(leaf: Leaf) -> _Leaf:
     while len(names) > 1 and (names[-1].isdigit() or names[-1] in _ARRAYS):
         names.pop()
     shape = tuple(jnp.shape(leaf.value))
-    is_norm = names[-1:] in (["scale"], ["gamma"]) or any(map(_NORM.search, names))
-    return _Leaf(tuple(names), shape, tuple(range(len(shape))), (), leaf, is_norm)
+    is_norm = bool({"scale", "gamma"}.intersection(names[-1:])) or any(map(_NORM.search, names))
+    is_router = bool(_KERNELS.intersection(names[-1:])) and any(map(_ROUTER.search, names))
+    return _Leaf(tuple(names), shape, tuple(range(len(shape))), (), leaf, is_norm, is_router)
 
 
 def _reading(x: _Leaf, by_names: dict[Path, _Leaf]) -> Reading:
@@ -166,6 +168,9 @@ def _reading(x: _Leaf, by_names: dict[Path, _Leaf]) -> Reading:
     if _has_one_channel(x):
         return Reading(None, _because(x, "a kernel of one channel"))
     found = _by_axis_names(x) or _by_bias(x, by_names) or _by_name(x, by_names)
+    long = tuple(i for i, n in enumerate(x.shape) if n > 1)
+    if not found and len(long) == 2:
+        return _matrix(x, long[:1], long[1:], "two axes longer than 1")
     return found or Reading(None, "path and shape allow more than one reading", is_open=True)
 
 
@@ -341,7 +346,7 @@ def _stack(block: list[_Leaf]) -> list[int] | None:
     """Which axis of each leaf is the stack that they all share, if there is one."""
     if len(block) < 2 or not all(x.shape for x in block) or not any(map(_is_large, block)):
         return None
-    if any(_is_router(x) and len(x.shape) == 2 for x in block):  # its experts are no layers
+    if any(x.is_router and len(x.shape) == 2 for x in block):  # its experts are no layers
         return None
     places: list[tuple[int, list[int]]] = []
     for place in (0, 1):
@@ -509,17 +514,13 @@ def _is_expert(x: _Leaf, by_names: dict[Path, _Leaf]) -> bool:
         return True
     if _INTO_HEADS.match(x.module) or _OUT_OF_HEADS.match(x.module):
         return False
-    routers = [y for y in by_names.values() if _is_router(y) and len(y.shape) == 2]
+    routers = [y for y in by_names.values() if y.is_router and len(y.shape) == 2]
     experts = lambda y: y.shape[:1] if y.name == "weight" else y.shape[-1:]
     return any(
         y.names[: len(block)] == block and experts(y) == x.shape[:1]
         for block in filter(None, (x.names[:-1], x.names[:-2]))
         for y in routers
     )
-
-
-def _is_router(x: _Leaf) -> bool:
-    return x.name in _KERNELS and any(map(_ROUTER.search, x.names))
 
 
 def _has_one_channel(x: _Leaf) -> bool:

@@ -154,6 +154,7 @@ TREES = {
             "attn/o/w": ((0, 1), (2,)),
         },
     ),
+    "axes of size 1": ({"mix": (1, 8, 6), "up": (8, 1, 6)}, {"mix": BIO, "up": ((0,), (2,))}),
     "experts": (
         {"MoeBlock_0/wi_0": (8, 4096, 14336), "MoeBlock_0/gate/kernel": (4096, 8)},
         {"MoeBlock_0/wi_0": BIO, "MoeBlock_0/gate/kernel": IO},
