@@ -55,8 +55,8 @@ def test_gradients_without_a_leaf_or_of_another_shape_than_the_parameters():
 def test_leaves_that_are_none_from_the_start_are_no_mistake():
     params = PARAMS | {"frozen": None}
     tx = sumo_optax.scale_by_sumo(2)
-    updates, _ = tx.update(params, tx.init(params), params)
-    assert updates["frozen"] is None and jnp.abs(updates["down"]).max() > 0
+    updates, _ = jax.eval_shape(tx.update, params, tx.init(params), params)
+    assert updates["frozen"] is None and updates["down"].shape == (6, 8)
 
 
 @every_transformation
@@ -196,7 +196,7 @@ def test_a_field_called_value_is_one_of_several():
     state = tx.init(params)
     assert isinstance(state.basis.query, optax.MaskedNode)
     assert state.basis.value.shape == (6, 2)
-    tx.update(params, state, params)
+    jax.eval_shape(tx.update, params, state, params)
 
 
 # What stays open
