@@ -101,6 +101,7 @@ def figures(
     compiled = lowered.compile()
     seconds = {"trace_s": between - begun, "compile_s": clock() - between}
     if keep:
+        keep.parent.mkdir(parents=True, exist_ok=True)
         keep.write_text(compiled.as_text() or "")
     return {
         "devices": mesh.size,

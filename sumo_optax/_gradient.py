@@ -7,7 +7,7 @@ never stacked: a product with G is taken leaf by leaf, and what it gives is smal
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import jax
@@ -37,22 +37,30 @@ class Gradients:
     transposed: bool  # whether leaves are (*batch, n, m)
     dtype: jnp.dtype
     precision: Any  # of products m x n
+    stored: Sequence[Any]  # each (*batch, m, n) or, where transposed, (*batch, n, m); or None
+    # Of a loop over the first batch axis, in every product.
+    turns: int = dataclasses.field(default=1, kw_only=True)
 
     def updates(self, D: Update, good: jax.Array | None) -> list[jax.Array]:
         """D leaf by leaf, 0 where not `good` (B, 1, 1), if that is asked."""
         left, right = (D.right.mT, D.left.mT) if self.transposed else (D.left, D.right)
-        parts = [written_out(left.astype(self.dtype)), right.astype(self.dtype)]
-        left, right = (pieces_of(x, self.batches) for x in parts)
-        [right] = apart(right)
-        products = [self._matmul(x, y) for x, y in zip(left, right, strict=True)]
-        if D.weights is not None:
-            products = self._plus_weighted(products, D.weights)
-        if good is None:
-            return products
+        weights = None if D.weights is None else D.weights.mT if self.transposed else D.weights
+        parts = [written_out(left.astype(self.dtype)), right.astype(self.dtype), weights, good]
+        pieces = [self._pieces(x) for x in parts]
+        [pieces[1]] = apart(pieces[1])
         return [
-            jnp.where(keep, D, 0)
-            for keep, D in zip(pieces_of(good, self.batches), products, strict=True)
+            in_turns(self._leaf_update, self.turns, G, *of_leaf)
+            for G, *of_leaf in zip(self.stored, *pieces, strict=True)
         ]
+
+    def _leaf_update(self, G: Any, left: Any, right: Any, weights: Any, good: Any) -> jax.Array:
+        D = self._matmul(left, right)
+        if weights is not None:
+            D = (at_least_float32(D) + at_least_float32(G) * weights).astype(self.dtype)
+        return D if good is None else jnp.where(good, D, 0)
+
+    def _pieces(self, stack: jax.Array | None) -> list[Any]:
+        return [None] * len(self.batches) if stack is None else pieces_of(stack, self.batches)
 
     def _matmul(
         self, a: jax.Array, b: jax.Array, *, transposed: bool = False, dtype: Any = None
@@ -68,14 +76,9 @@ class Gradients:
             preferred_element_type=dtype,
         )
 
-    def _plus_weighted(self, products: list[jax.Array], weights: jax.Array) -> list[jax.Array]:
-        raise NotImplementedError
-
 
 @dataclasses.dataclass(frozen=True)
 class WholeGradients(Gradients):
-    stored: Sequence[jax.Array]  # each (*batch, m, n) or, where transposed, (*batch, n, m)
-
     @classmethod
     def of(cls, stored: Sequence[jax.Array], *, transposed: bool = False, precision: Any = None):
         batches = [G.shape[:-2] for G in stored]
@@ -116,10 +119,12 @@ class WholeGradients(Gradients):
     def _product(self, X: jax.Array, transposed: bool) -> jax.Array:
         """X times what the leaves hold, or its transpose; sums in float32."""
         dtype = wide(self.dtype)
+        of = lambda _, x, G: self._matmul(x, G, transposed=transposed, dtype=dtype)
+        columns = self.stored[0].shape[-2 if transposed else -1]
         pieces = pieces_of(written_out(X.astype(self.dtype)), self.batches)
         return self._stack(
             [
-                self._matmul(x, G, transposed=transposed, dtype=dtype)
+                in_turns(of, self.turns, jnp.zeros((*x.shape[:-1], columns), dtype), x, G)
                 for x, G in zip(pieces, self.stored, strict=True)
             ]
         )
@@ -131,13 +136,6 @@ class WholeGradients(Gradients):
             for G, unit in zip(self.stored, pieces_of(largest, self.batches), strict=True)
         ]
         return largest * jnp.sqrt(self._stack(squares))
-
-    def _plus_weighted(self, products: list[jax.Array], weights: jax.Array) -> list[jax.Array]:
-        pieces = pieces_of(weights.mT if self.transposed else weights, self.batches)
-        return [
-            (at_least_float32(D) + at_least_float32(G) * w).astype(self.dtype)
-            for D, G, w in zip(products, self.stored, pieces, strict=True)
-        ]
 
     def _stack(self, matrices: list[jax.Array]) -> jax.Array:
         return stack_of(*apart(matrices), axes=len(self.batches[0]))
@@ -186,14 +184,32 @@ class ProjectedGradients(Gradients):
     def are_zero(self) -> jax.Array:
         self._refuse("whether it is zero")
 
-    def _plus_weighted(self, products: list[jax.Array], weights: jax.Array) -> list[jax.Array]:
-        self._refuse("the part outside the subspace")
+    def _leaf_update(self, G: Any, left: Any, right: Any, weights: Any, good: Any) -> jax.Array:
+        if weights is not None:
+            self._refuse("the part outside the subspace")
+        return super()._leaf_update(G, left, right, weights, good)
 
     def _refuse(self, what: str) -> NoReturn:
         raise ValueError(
             f"the gradient of {self.path} is projected, but this optimizer reads {what}, for which"
             " it needs whole gradients"
         )
+
+
+def in_turns(fn: Callable[..., jax.Array], turns: int, over: Any, *read: Any) -> Any:
+    """`fn` of arrays with a batch axis in front, some of it at a time, written over the first."""
+    if turns == 1:
+        return fn(over, *read)
+    # What goes together lies `turns` apart: a mesh that divides the axis divides every turn.
+    split = lambda x: x.reshape(-1, turns, *x.shape[1:])
+
+    def turn(i, over):
+        at = lambda x: jax.lax.dynamic_index_in_dim(x, i, axis=1, keepdims=False)
+        new = fn(*jax.tree.map(at, (over, *read)))
+        return jax.lax.dynamic_update_index_in_dim(over, new, i, axis=1)
+
+    over, *read = jax.tree.map(split, (over, *read))
+    return jax.lax.fori_loop(0, turns, turn, over).reshape(-1, *over.shape[2:])
 
 
 def pieces_of(stack: jax.Array, batches: Sequence[Batch]) -> list[jax.Array]:

@@ -8,7 +8,7 @@ import itertools
 import math
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -73,6 +73,7 @@ class Group(NamedTuple):
     spec: jax.sharding.PartitionSpec | None  # on a mesh with explicit axes
     role: str  # where the compiler shards
     turns: int  # of a loop over the leaves' first batch axis
+    devices: int  # on several each product has such a loop, elsewhere the whole step has
     layer: str  # the numbers in the path, where large groups are of one layer each
     members: list[int]  # among the matrices of the tree
 
@@ -93,13 +94,14 @@ def groups_of(
         spec = _layout.explicit_spec(array)
         role = re.sub(r"\d+", "*", path_string(path)) if _layout.compiler_shards(array) else ""
         phase = phases.get(path, 0.0)
-        turns = 1 if is_projected(G) else _turns(view, sizes[k], _layout.devices(array))
-        traits = (view, G.dtype, is_projected(G), phase, spec, role, turns)
+        devices = _layout.devices(array)
+        turns = 1 if is_projected(G) else _turns(view, sizes[k], _layout.mesh_sizes(array))
+        traits = (view, G.dtype, is_projected(G), phase, spec, role, turns, devices)
         alike.setdefault((part_of(path), traits), []).append(k)
     layer = lambda k: " ".join(re.findall(r"\d+", path_string(matrices[k][0])))
     groups = []
     for (_, traits), members in alike.items():
-        size = sizes[members[0]] // traits[-1]
+        size = sizes[members[0]] // math.prod(traits[-2:])
         if size * len(members) <= _LARGEST_STACK:
             groups.append(Group._make((*traits, "", members)))
             continue
@@ -111,14 +113,16 @@ def groups_of(
     return groups
 
 
-def _turns(view: View, size: int, devices: int) -> int:
+def _turns(view: View, size: int, mesh: Sequence[int]) -> int:
     """How often a loop goes over stacked layers, so that a few leaves may share it.
 
-    Layers may lie on several devices, each of which has to have some of every turn.
+    Every device has some layers of a turn, where axes of the mesh could divide the layers.
     """
     layers = view.batch[0] if view.batch else 1
-    most = max(1, layers // math.gcd(layers, devices))
-    fits = lambda turns: size // turns // devices <= _LARGEST_STACK // 4
+    subsets = itertools.chain(*(itertools.combinations(mesh, k) for k in range(len(mesh) + 1)))
+    together = max(n for n in map(math.prod, subsets) if layers % n == 0)
+    most = layers // together
+    fits = lambda turns: size // turns <= _LARGEST_STACK // 4
     return next((turns for turns in range(1, most) if most % turns == 0 and fits(turns)), most)
 
 
@@ -126,7 +130,7 @@ def group_step(
     rule: Rule, group: Group, paths: list[Path], skip_nonfinite: bool, precision: Any
 ) -> Step:
     """A step of a group: updates, new states, and how many matrices were skipped."""
-    if group.turns == 1:
+    if group.turns == 1 or group.devices > 1:
         return _stack_step(rule, group, group.view, paths, skip_nonfinite, precision)
     axis, turns = group.view.batch_axes[0], group.turns
     shape = list(group.view.leaf_shape)
@@ -169,7 +173,12 @@ def _stack_step(
     hashes = np.repeat([hash_of(path) for path in paths], math.prod(view.batch))
 
     def step(leaves, states, t, key):
-        G = (_projected if group.projected else _whole)(view, leaves, batches, precision, paths)
+        turns = group.turns if group.devices > 1 else 1
+        G = (
+            _projected(view, leaves, batches, precision, paths)
+            if group.projected
+            else _whole(view, leaves, batches, precision, turns)
+        )
         dtype = wide(group.dtype)
         stacks = [cast(stack_of(arrays, axes=len(view.batch)), dtype) for arrays in states]
         old = rule.structure().unflatten(stacks)
@@ -198,10 +207,10 @@ def _stack_step(
     return step
 
 
-def _whole(view: View, leaves, batches, precision, paths) -> WholeGradients:
+def _whole(view: View, leaves, batches, precision, turns) -> WholeGradients:
     matrices = [view.as_stored(G) for G in leaves]
     stored = [shaped(G, (*batches[0], *G.shape[-2:])) for G in matrices]
-    return WholeGradients(batches, view.wide, stored[0].dtype, precision, stored)
+    return WholeGradients(batches, view.wide, stored[0].dtype, precision, stored, turns=turns)
 
 
 def _projected(view: View, leaves, batches, precision, paths) -> ProjectedGradients:
@@ -213,9 +222,16 @@ def _projected(view: View, leaves, batches, precision, paths) -> ProjectedGradie
     if view.m < view.n:
         turned = lambda x: None if x is None else x.mT
         left, right = turned(right), turned(left)
-    where, shape = path_string(paths[0]), (view.m, view.n)
     return ProjectedGradients(
-        batches, view.wide, leaves[0].dtype, precision, left, right, shape, where
+        batches,
+        view.wide,
+        leaves[0].dtype,
+        precision,
+        stored=[None] * len(batches),
+        left=left,
+        right=right,
+        shape=(view.m, view.n),
+        path=path_string(paths[0]),
     )
 
 

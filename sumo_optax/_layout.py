@@ -69,9 +69,14 @@ def compiler_shards(x: Any) -> bool:
     return devices(x) > 1 and AxisType.Auto in jax.typeof(x).sharding.mesh.axis_types
 
 
+def mesh_sizes(x: Any) -> tuple[int, ...]:
+    """Of the axes of an array's mesh."""
+    return jax.typeof(x).sharding.mesh.axis_sizes
+
+
 def devices(x: Any) -> int:
     """How many an array's mesh has."""
-    return max(1, jax.typeof(x).sharding.mesh.size)
+    return math.prod(mesh_sizes(x))
 
 
 def in_auto_mode(

@@ -226,7 +226,7 @@ def _by_products(X: jax.Array, *, drop: bool, product: Callable = jnp.matmul) ->
         # No is what NaN answers, which stays so, and 0 too: no matter of the other matrices.
         far = jnp.any((_square(I - 2 * A + A2) > _NEAR**4) & (_square(A) > 0))
         quintics = table[jnp.where(far, step, len(triples) - 1)]
-        (_, _, W), _ = jax.lax.scan(quintic, (A, A2, I), quintics, unroll=3)
+        (_, _, W), _ = jax.lax.scan(quintic, (A, A2, I), quintics, unroll=1)
         return jnp.where(far, step + 1, len(triples)), product(W, Y)
 
     start = (jnp.zeros([], jnp.int32), unit_scale(X))
