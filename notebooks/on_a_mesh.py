@@ -101,7 +101,8 @@ assert np.linalg.norm(a - b) < 1e-3 * np.linalg.norm(b)
 # ## What is sent
 #
 # The collectives in the compiled program, and the largest of them. The matrix itself is 2 MiB: no
-# collective of SUMO is larger than the moment, an eighth of that. Muon's Newton-Schulz steps need much more.
+# collective of SUMO is larger than the moment, an eighth of that. Muon's Newton-Schulz steps need
+# much more.
 
 # %%
 COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all)(?:-start)?\(")

@@ -1,186 +1,22 @@
-"""Which leaves are matrices, and over which axes: read off path and shape by Flax's conventions."""
+"""Which leaves are matrices, over which axes: what a user said, or what the tree shows."""
 
-import contextlib
-import contextvars
 import math
-import re
+import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers
 
-PyTree = Any
+from sumo_optax._conventions import flax_dimension_numbers, readings
+from sumo_optax._paths import Path, PyTree, named_leaves, path_string, whole_of
+
 MatrixAxes = tuple[tuple[int, ...], tuple[int, ...]]  # of inputs and outputs, from the front
-Path = tuple[str, ...]
 WeightDimensionNumbers = MuonDimensionNumbers | PyTree | Callable[[PyTree], PyTree]
 
-# Path components of tables, heads and norms; and leaf names of vectors, stacked ones included.
-_NO_MATRIX = re.compile(
-    r"embed|(^|_)(w[tp]e|(lm_|output_)?head|logits|classifier)(_?\d+)?$|norm|(^|_)ln(_|\d|$)"
-)
-_VECTORS = {"bias", "scale", "b", "g", "beta", "gamma", "offset", "mean", "var"}
-_KERNELS = {"kernel", "weight", "w"}
-_INTO_HEADS = re.compile(r"^(q|k|v|query|key|value)(_proj)?$")
-_OUT_OF_HEADS = re.compile(r"^(o|out)(_proj)?$")
-
-
-class Whole(NamedTuple):
-    """The tree of parameters that an `update` sees a part of."""
-
-    params: PyTree
-    parts: dict[Path, int]  # of each leaf
-
-
-_WHOLE: contextvars.ContextVar[Whole | None] = contextvars.ContextVar("whole", default=None)
-
-
-@contextlib.contextmanager
-def parts_of(whole: Whole):
-    """Under it a tree may hold some leaves alone, or some layers of a stack: these are the same
-    matrices with the same places in the tree as if it held them all.
-    """
-    token = _WHOLE.set(whole)
-    try:
-        yield
-    finally:
-        _WHOLE.reset(token)
-
-
-def whole_of(tree: PyTree) -> PyTree:
-    whole = _WHOLE.get()
-    return tree if whole is None else whole.params
-
-
-def part_of(path: Path) -> int:
-    whole = _WHOLE.get()
-    return 0 if whole is None else whole.parts[path]
-
-
-def path_names(path: tuple[Any, ...]) -> Path:
-    """A JAX key path as plain names; the `value` inside a Flax variable is not one of them."""
-    names = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path]
-    return tuple(names[:-1] if len(names) > 1 and names[-1] in ("value", "raw_value") else names)
-
-
-def path_string(names: Path) -> str:
-    return "/".join(names) or "(the root)"
-
-
-def named_leaves(tree: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> dict[Path, Any]:
-    flat = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]
-    return {path_names(path): leaf for path, leaf in flat}
-
-
-def flax_dimension_numbers(params: PyTree) -> PyTree:
-    """Tells matrices from other leaves by path and shape, as Flax (Linen and NNX) lays them out.
-
-    Embeddings, output heads, norms, biases and other vectors are no matrices. A kernel's axes are
-    read off the shape of the bias beside it: leading axes that both have are batch axes (layers
-    stacked by ``scan`` or ``vmap``, experts), trailing ones that both have are outputs, the rest
-    are inputs. Without a bias, the norms of the same block tell how many axes are stacked, and the
-    name tells the rest: ``query|key|value`` kernels are (d, heads, head_dim), ``out`` ones
-    (heads, head_dim, d), those of a ``conv`` (..., in, out), those of ``expert``s have one more
-    batch axis. What path and shape leave open is no matrix: the fallback is the safe choice, and
-    ``describe`` shows it.
-
-    This is the default of every ``weight_dimension_numbers``; wrap it to overrule it for some
-    leaves, or replace it.
-
-    Args:
-      params: tree of arrays or ``jax.ShapeDtypeStruct``.
-
-    Returns:
-      Tree of the same structure with ``optax.contrib.MuonDimensionNumbers`` for a matrix, None for
-      any other leaf.
-
-    Examples:
-      >>> import jax.numpy as jnp, sumo_optax
-      >>> params = {"dense": {"kernel": jnp.ones((8, 4)), "bias": jnp.ones(4)}}
-      >>> sumo_optax.flax_dimension_numbers(params)["dense"]["kernel"]
-      MuonDimensionNumbers(reduction_axis=(0,), output_axis=(1,))
-    """
-    shapes = {path: jnp.shape(leaf) for path, leaf in named_leaves(params).items()}
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: _leaf_axes(path_names(path), shapes), params
-    )
-
-
-def _leaf_axes(path: Path, shapes: dict[Path, tuple[int, ...]]) -> MuonDimensionNumbers | None:
-    shape = shapes[path]
-    if _is_no_matrix(path, shape):
-        return None
-    if len(shape) == 2:
-        return _split(shape, batch=0, outputs=1)
-    if not path or path[-1].lower() not in _KERNELS:
-        return None
-    bias = shapes.get((*path[:-1], "bias")) or shapes.get((*path[:-1], "b"))
-    if bias is not None:
-        return _axes_beside_bias(shape, bias)
-    return _axes_by_name(path, shape, _stacked_axes(path, shapes))
-
-
-def _is_no_matrix(path: Path, shape: tuple[int, ...]) -> bool:
-    vector = len(shape) < 2 or (path and path[-1].lower() in _VECTORS)
-    return bool(vector or any(_NO_MATRIX.search(name.lower()) for name in path))
-
-
-def is_open(path: Path, shape: tuple[int, ...]) -> bool:
-    """Whether a leaf that was not taken for a matrix may well hold one."""
-    return len(shape) > 2 and not _is_no_matrix(path, shape)
-
-
-def _split(shape: tuple[int, ...], batch: int, outputs: int) -> MuonDimensionNumbers | None:
-    """The axes after the batch: inputs first, then outputs. A matrix of one row is a vector."""
-    axes = range(len(shape))
-    split = len(shape) - outputs
-    if min(math.prod(shape[batch:split]), math.prod(shape[split:])) == 1:
-        return None
-    return MuonDimensionNumbers(tuple(axes[batch:split]), tuple(axes[split:]))
-
-
-def _axes_beside_bias(shape: tuple[int, ...], bias: tuple[int, ...]) -> MuonDimensionNumbers | None:
-    """The bias has the kernel's batch axes and its outputs; two ways to read it leave it open."""
-    readings = [
-        batch
-        for batch in range(len(bias))
-        if bias == shape[:batch] + shape[len(shape) - len(bias) + batch :]
-        and len(bias) < len(shape)
-    ]
-    if len(readings) != 1:
-        return None
-    return _split(shape, batch=readings[0], outputs=len(bias) - readings[0])
-
-
-def _stacked_axes(path: Path, shapes: dict[Path, tuple[int, ...]]) -> int:
-    """How many leading axes the kernel shares with the norms of its nearest enclosing block."""
-    for depth in range(len(path) - 1, -1, -1):
-        norms = [s for p, s in shapes.items() if p[:depth] == path[:depth] and p[-1:] == ("scale",)]
-        if norms:
-            stacks = [s[:-1] for s in norms if s[:-1] == shapes[path][: len(s) - 1]]
-            return max(map(len, stacks), default=0)
-    return 0
-
-
-def _axes_by_name(path: Path, shape: tuple[int, ...], batch: int) -> MuonDimensionNumbers | None:
-    module = path[-2].lower() if len(path) > 1 else ""
-    inside = " ".join(path).lower()
-    own = len(shape) - batch
-    if own > 2 and "expert" in inside:
-        batch, own = batch + 1, own - 1
-    if own == 2 or (own in (3, 4, 5) and "conv" in inside):
-        return _split(shape, batch, outputs=1)
-    if own == 3 and _INTO_HEADS.match(module):
-        return _split(shape, batch, outputs=2)
-    if own == 3 and _OUT_OF_HEADS.match(module):
-        return _split(shape, batch, outputs=1)
-    return None
-
-
-def _is_spec(x: Any) -> bool:
-    return x is None or isinstance(x, (MuonDimensionNumbers, optax.MaskedNode))
+_NAMED_IN_WARNINGS = 5
 
 
 def resolve(
@@ -188,23 +24,89 @@ def resolve(
 ) -> list[MatrixAxes | None]:
     """One entry for every leaf of `params`, in order: its axes as a matrix, or None."""
     whole = whole_of(params)
-    axes = dict(zip(named_leaves(whole), _resolved(weight_dimension_numbers, whole), strict=True))
+    leaves, specs = named_leaves(whole), _specs(weight_dimension_numbers, whole)
+    axes = {path: _checked(_lookup(specs, path), path, x) for path, x in leaves.items()}
     return [axes[path] for path in named_leaves(params)]
 
 
-def _resolved(
-    weight_dimension_numbers: WeightDimensionNumbers | None, params: PyTree
-) -> list[MatrixAxes | None]:
-    if weight_dimension_numbers is None:
-        weight_dimension_numbers = flax_dimension_numbers
+def advise(weight_dimension_numbers: WeightDimensionNumbers | None, params: PyTree) -> None:
+    """Warns once of leaves that may be read wrongly; ValueError where that leaves no matrix."""
     leaves = named_leaves(params)
+    named = lambda paths: _few([f"{path_string(p)} {jnp.shape(leaves[p])}" for p in paths])
+    if _is_default(weight_dimension_numbers):
+        found = readings(params)
+        doubts = [path for path, x in found.items() if x.is_open]
+        what = "path and shape do not tell which axes make a matrix"
+        short = [path for path, x in found.items() if x.is_short]
+    else:
+        specs = _specs(weight_dimension_numbers, params)
+        covered = lambda path: any(path[:depth] in specs for depth in range(len(path) + 1))
+        doubts = [path for path, x in leaves.items() if jnp.ndim(x) > 1 and not covered(path)]
+        what = "weight_dimension_numbers says nothing"
+        short = []
+    if doubts and not any(resolve(weight_dimension_numbers, params)):
+        raise ValueError(
+            f"no leaf is a matrix: {what} of {named(doubts)}. Say it with weight_dimension_numbers,"
+            " optax.contrib.MuonDimensionNumbers or None for each leaf"
+        )
+    warning = []
+    if doubts:
+        warning.append(f"{what} of {named(doubts)}: the fallback trains them.")
+    if short:
+        warning.append(
+            f"The matrices of {named(short)} have a side as short as a stack of layers may be."
+        )
+    if warning:
+        message = [*warning, "weight_dimension_numbers tells, None for the fallback."]
+        warnings.warn(" ".join(message), UserWarning, stacklevel=3)
+
+
+def _few(names: list[str]) -> str:
+    more = len(names) - _NAMED_IN_WARNINGS
+    return ", ".join(names[:_NAMED_IN_WARNINGS] + ([f"and {more} more"] if more > 0 else []))
+
+
+def _specs(
+    weight_dimension_numbers: WeightDimensionNumbers | None, params: PyTree
+) -> dict[Path, Any]:
+    """What is said at a leaf's path, or at one above it."""
     if isinstance(weight_dimension_numbers, MuonDimensionNumbers):
-        specs = {path: weight_dimension_numbers for path, x in leaves.items() if jnp.ndim(x) > 1}
-        return [_checked(specs.get(path), path, jnp.shape(x)) for path, x in leaves.items()]
+        spec = weight_dimension_numbers
+        return {path: spec for path, x in named_leaves(params).items() if jnp.ndim(x) > 1}
+    if _is_default(weight_dimension_numbers):
+        axes = {path: x.axes for path, x in readings(params).items()}
+        return {path: x and MuonDimensionNumbers(*x) for path, x in axes.items()}
     tree = weight_dimension_numbers
-    specs = named_leaves(tree(params) if callable(tree) else tree, is_leaf=_is_spec)
+    if callable(tree) and not any(map(_is_numbers, jax.tree.leaves(tree, is_leaf=_is_spec))):
+        tree = tree(params)  # a tree may be callable too: a module of Equinox's
+    specs = named_leaves(tree, is_leaf=_is_spec)
+    for path, spec in specs.items():
+        if _is_plain(spec):
+            raise TypeError(
+                f"weight_dimension_numbers must hold optax.contrib.MuonDimensionNumbers or None,"
+                f" got {spec!r} at {path_string(path)}: write MuonDimensionNumbers"
+                f"({', '.join(map(repr, spec))}), the axes of inputs, then those of outputs"
+            )
     _check_all_used(specs, params)
-    return [_checked(_lookup(specs, path), path, jnp.shape(x)) for path, x in leaves.items()]
+    return specs
+
+
+def _is_default(weight_dimension_numbers: Any) -> bool:
+    return weight_dimension_numbers is None or weight_dimension_numbers is flax_dimension_numbers
+
+
+def _is_numbers(x: Any) -> bool:
+    return isinstance(x, MuonDimensionNumbers)
+
+
+def _is_spec(x: Any) -> bool:
+    return x is None or isinstance(x, (MuonDimensionNumbers, optax.MaskedNode)) or _is_plain(x)
+
+
+def _is_plain(x: Any) -> bool:
+    """Axes that somebody forgot to call MuonDimensionNumbers."""
+    is_axis = lambda a: isinstance(a, int) or _is_plain(a)
+    return type(x) in (tuple, list) and len(x) > 0 and all(map(is_axis, x))
 
 
 def _lookup(specs: dict[Path, Any], path: Path) -> MuonDimensionNumbers | None:
@@ -232,10 +134,11 @@ def _check_all_used(specs: dict[Path, Any], params: PyTree) -> None:
             )
 
 
-def _checked(spec: Any, path: Path, shape: tuple[int, ...]) -> MatrixAxes | None:
+def _checked(spec: Any, path: Path, leaf: Any) -> MatrixAxes | None:
     """The spec with both fields as tuples of axes counted from the front."""
     if spec is None:
         return None
+    shape = jnp.shape(leaf)
     where = f"at {path_string(path)} with shape {shape}"
     if not isinstance(spec, MuonDimensionNumbers):
         raise TypeError(
@@ -254,4 +157,6 @@ def _checked(spec: Any, path: Path, shape: tuple[int, ...]) -> MatrixAxes | None
     named = fields[0] + fields[1]
     if len(set(named)) != len(named):
         raise ValueError(f"{spec} {where} names an axis twice")
+    if not math.prod(shape[a] for a in named):
+        return None  # nothing to train
     return fields[0], fields[1]

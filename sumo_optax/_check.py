@@ -5,6 +5,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+
+from sumo_optax._paths import PyTree, named_leaves, path_string
 
 
 def integer(name: str, value: Any, *, least: int) -> int:
@@ -58,3 +61,45 @@ def number(
 def choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {tuple(allowed)}, got {value!r}")
+
+
+def scheduled(name: str, value: Any, *, least: float | None = None, optional: bool = False) -> None:
+    if callable(value) or (optional and value is None):
+        return
+    try:
+        number(name, value, least=least)
+    except TypeError:
+        allowed = f"{name} must be a number or a schedule" + (", or None" if optional else "")
+        raise TypeError(f"{allowed}, got {value!r}") from None
+
+
+def state_dtype(value: Any) -> None:
+    if value is None:
+        return
+    try:
+        is_float = jnp.issubdtype(jnp.dtype(value), jnp.floating)
+    except TypeError:
+        is_float = False
+    if not is_float:
+        raise ValueError(f"state_dtype must be a floating-point dtype or None, got {value!r}")
+
+
+def transformation(name: str, value: Any, *, or_else: str = "") -> None:
+    if not (callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))):
+        allowed = "an optax transformation" + (f" or {or_else}" if or_else else "")
+        raise TypeError(f"{name} must be {allowed}, got {_short(value)}")
+
+
+def arrays(name: str, tree: PyTree, *, numbers: bool = False) -> None:
+    for path, x in named_leaves(tree).items():
+        is_number = numbers and isinstance(x, (int, float, complex))
+        if not is_number and not (hasattr(x, "dtype") and hasattr(x, "shape")):
+            raise TypeError(
+                f"{name} must be a tree of arrays, got {_short(x)} at {path_string(path)};"
+                " equinox.filter(model, equinox.is_array) leaves the arrays of a module"
+            )
+
+
+def _short(value: Any) -> str:
+    words = repr(value)
+    return words if len(words) <= 80 else f"{words[:77]}..."

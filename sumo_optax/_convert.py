@@ -10,19 +10,11 @@ import numpy as np
 import optax
 
 from sumo_optax import _check
-from sumo_optax._axes import (
-    MatrixAxes,
-    Path,
-    PyTree,
-    WeightDimensionNumbers,
-    named_leaves,
-    path_names,
-    path_string,
-    resolve,
-)
+from sumo_optax._axes import MatrixAxes, WeightDimensionNumbers, resolve
 from sumo_optax._in_subspace import SubspaceState
-from sumo_optax._linalg import svd
+from sumo_optax._linalg import at_least_float32, svd
 from sumo_optax._mofasgd import MofasgdState
+from sumo_optax._paths import Path, PyTree, map_named, named_leaves, path_string
 from sumo_optax._sumo import SumoState
 from sumo_optax._view import matrix_view
 
@@ -123,6 +115,7 @@ def convert_state(
       >>> state[0].moment["dense"]["kernel"].shape
       (4, 16)
     """
+    _check.transformation("tx", tx)
     _check.number("adam_b1", adam_b1, least=0, below=1)
     fresh, sources = tx.init(params), list(_sources(state))
     if not any(map(_is_ours, _sources(fresh))):
@@ -154,8 +147,7 @@ def convert_state(
         owner = next((moments[path][0] for path in new), sources[0])
         others = _rest(getattr(owner, "fallback", None), x.fallback, adams, owner.count)
         fields = [
-            jax.tree_util.tree_map_with_path(lambda path, _, i=i: new[path_names(path)][i], field)
-            for i, field in enumerate(x[1:-2])
+            map_named(lambda path, _, i=i: new[path][i], field) for i, field in enumerate(x[1:-2])
         ]
         return type(x)(owner.count, *fields, others, getattr(owner, "skipped", x.skipped))
 
@@ -250,7 +242,7 @@ def _factors(
     axes: MatrixAxes | None,
 ) -> tuple[jax.Array, jax.Array]:
     """L (*batch, m, k) and R (*batch, k, n) of a first moment L R, in at least float32."""
-    held = tuple(x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in held)
+    held = tuple(map(at_least_float32, held))
     if isinstance(source, SumoState):
         Q, M, *_ = held
         return Q, M
@@ -323,10 +315,10 @@ def _rest(
         )
 
     def moment(i, path, y):
-        x = adams.get(path_names(path), (None, None))[i]
+        x = adams.get(path, (None, None))[i]
         if x is None or x.shape != y.shape:
             raise ValueError(
-                f"tx has Adam for {path_string(path_names(path))}, of which state holds no Adam's"
+                f"tx has Adam for {path_string(path)}, of which state holds no Adam's"
                 f" moments of shape {y.shape}"
             )
         return x.astype(y.dtype)
@@ -334,14 +326,13 @@ def _rest(
     def carry(path, x):
         if isinstance(x, _ADAM):
             mu, nu = (
-                jax.tree_util.tree_map_with_path(functools.partial(moment, i), tree)
-                for i, tree in enumerate((x.mu, x.nu))
+                map_named(functools.partial(moment, i), tree) for i, tree in enumerate((x.mu, x.nu))
             )
             return x._replace(count=count, mu=mu, nu=nu)
-        return count if path_names(path)[-1:] == ("count",) and jnp.ndim(x) == 0 else x
+        return count if path[-1:] == ("count",) and jnp.ndim(x) == 0 else x
 
     is_leaf = lambda x: isinstance(x, (*_OURS, _ADAM))
-    return jax.tree_util.tree_map_with_path(carry, new, is_leaf=is_leaf)
+    return map_named(carry, new, is_leaf)
 
 
 def _alike(old: Any, new: Any) -> bool:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 import jax.numpy as jnp
 
-from sumo_optax._linalg import at_least_float32, largest_entry, svd, written_out
+from sumo_optax._linalg import at_least_float32, largest_entry, svd, wide, written_out
 from sumo_optax._mesh import divided, whole
 
 Batch = tuple[int, ...]
@@ -125,7 +125,7 @@ class WholeGradients(Gradients):
 
     def _product(self, X: jax.Array, transposed: Sequence[bool]) -> jax.Array:
         """X (B, r, ...) times what the leaves hold, or its transpose; sums in float32."""
-        dtype = jnp.promote_types(self.dtype, jnp.float32)
+        dtype = wide(self.dtype)
 
         def of_leaf(x, G, transposed):
             def product(_, x, G):

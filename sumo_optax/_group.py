@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from sumo_optax import _layout
-from sumo_optax._axes import Path, PyTree, part_of, path_string
 from sumo_optax._gradient import (
     ProjectedGradient,
     ProjectedGradients,
@@ -26,7 +25,8 @@ from sumo_optax._gradient import (
     shaped,
     stack_of,
 )
-from sumo_optax._linalg import at_least_float32, choose
+from sumo_optax._linalg import at_least_float32, choose, wide
+from sumo_optax._paths import Path, PyTree, part_of, path_string
 from sumo_optax._view import Side, View
 
 # Numbers in an array of a group: a step holds ten such stacks for a moment.
@@ -190,7 +190,7 @@ def _stack_step(
 
     def step(leaves, states, t, key):
         G = gradients(leaves)
-        dtype = jnp.promote_types(group.dtype, jnp.float32)
+        dtype = wide(group.dtype)
         stacks = [cast(stack_of(arrays, axes=axes), dtype) for arrays in states]
         old = rule.structure().unflatten(stacks)
         key_of = lambda path_hash: jax.random.fold_in(jax.random.fold_in(key, path_hash), t)

@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import optax
 
 from sumo_optax import _check, _subspace
-from sumo_optax._axes import PyTree, WeightDimensionNumbers, path_names
+from sumo_optax._axes import WeightDimensionNumbers
 from sumo_optax._gradient import Update
 from sumo_optax._group import Rule
 from sumo_optax._linalg import choose
 from sumo_optax._matrix import lift
+from sumo_optax._paths import PyTree, map_named
 from sumo_optax._view import Side
 
 SubspaceBasis = Literal["randomized_svd", "svd", "random", "online_pca"]
@@ -154,6 +155,7 @@ def in_subspace(
     scale: jax.typing.ArrayLike,
     **lifted: Any,
 ) -> optax.GradientTransformationExtraArgs:
+    _check.transformation("inner", inner)
     rank = _check.integer("rank", rank, least=1)
     refresh_every = _check.integer("refresh_every", refresh_every, least=1)
     _check.choice("side", side, get_args(Side))
@@ -221,9 +223,9 @@ def _transported(inner_state: PyTree, P_new: jax.Array, P_old: jax.Array) -> PyT
     T = P_new.mT @ P_old
 
     def carry(path, x):
-        name = path_names(path)[-1] if path else ""
+        name = path[-1] if path else ""
         if x.ndim != 3 or x.shape[1] != T.shape[2]:
             return x
         return T @ x if name in FIRST_MOMENTS else T**2 @ x if name in _SECOND_MOMENTS else x
 
-    return jax.tree_util.tree_map_with_path(carry, inner_state)
+    return map_named(carry, inner_state)

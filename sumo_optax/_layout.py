@@ -13,7 +13,7 @@ import jax
 import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from sumo_optax._axes import PyTree
+from sumo_optax._paths import PyTree
 
 Entry = str | tuple[str, ...] | None  # mesh axes of one array axis
 Spec = tuple[Entry, ...]

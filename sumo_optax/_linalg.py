@@ -38,7 +38,12 @@ _DROP = ((_POLISH,) * 3, (_SMOOTHSTEP,) * 3)
 
 
 def at_least_float32(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(wide(x.dtype))
+
+
+def wide(dtype: Any) -> Any:
+    """The dtype of small algebra: float32, or float64 for that."""
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
 def choose(flags: jax.Array, a: Any, b: Any) -> Any:
@@ -48,7 +53,7 @@ def choose(flags: jax.Array, a: Any, b: Any) -> Any:
 
 
 def _or_one(x: jax.Array) -> jax.Array:
-    return x + (x == 0)
+    return x + (x == 0).astype(x.dtype)
 
 
 def _square(x: jax.Array) -> jax.Array:
@@ -228,7 +233,7 @@ def _(drop: bool, primals: tuple[jax.Array], tangents: tuple[jax.Array]):
 
 def _polar_by_svd(x: jax.Array) -> jax.Array:
     u, s, v = svd(x)
-    return (u * above_rounding(s)) @ v.mT
+    return (u * above_rounding(s).astype(u.dtype)) @ v.mT
 
 
 def above_rounding(s: jax.Array) -> jax.Array:

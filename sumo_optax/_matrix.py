@@ -9,16 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sumo_optax import _layout
-from sumo_optax._axes import (
-    Path,
-    PyTree,
-    WeightDimensionNumbers,
-    named_leaves,
-    path_string,
-    resolve,
-    whole_of,
-)
+from sumo_optax import _check, _fit, _layout
+from sumo_optax._axes import WeightDimensionNumbers, advise, resolve
 from sumo_optax._group import (
     Rule,
     cast,
@@ -28,6 +20,8 @@ from sumo_optax._group import (
     is_projected,
     or_zero,
 )
+from sumo_optax._linalg import wide
+from sumo_optax._paths import Path, PyTree, named_leaves, path_string, whole_of
 from sumo_optax._view import View, matrix_views
 
 MATRIX, FALLBACK = "matrix", "fallback"
@@ -49,12 +43,17 @@ def lift(
     tree like the parameters for every array: batch axes in front for a matrix, a `MaskedNode` for
     any other leaf.
     """
+    _check.state_dtype(state_dtype)
+    if fallback is not None:
+        _check.transformation("fallback", fallback, or_else="None")
     fallback = optax.with_extra_args_support(
         optax.scale_by_adam() if fallback is None else fallback
     )
 
     def init(params):
+        _check.arrays("params", params, numbers=True)
         leaves, treedef = jax.tree.flatten(params)
+        advise(weight_dimension_numbers, params)
         views = matrix_views(params, weight_dimension_numbers, rule.side)
         key = jax.random.key(seed)
         states, words = [], []
@@ -63,7 +62,8 @@ def lift(
                 states.append(None)
                 words.append(None)
                 continue
-            dtype = jnp.promote_types(leaf.dtype, jnp.float32)
+            _check_real(path, leaf)
+            dtype = wide(leaf.dtype)
             key_of_leaf = jax.random.fold_in(jax.random.fold_in(key, hash_of(path)), 0)
             one = rule.init(view.m, view.n, dtype, key_of_leaf)
             one = _stacked(one, view.batch, dtype if state_dtype is None else state_dtype)
@@ -80,6 +80,8 @@ def lift(
         return state_type(t, *rule.structure().unflatten(trees), others, jnp.zeros([], jnp.int32))
 
     def update(updates, state, params=None, **extra_args):
+        _fit.check_state_type(state, state_type)
+        _fit.check_gradients(updates, state[1], params)
         leaves, treedef = jax.tree.flatten(updates, is_leaf=is_projected)
         shapes = treedef.unflatten(
             [jax.ShapeDtypeStruct(x.shape, x.dtype) if is_projected(x) else x for x in leaves]
@@ -88,10 +90,13 @@ def lift(
         views = matrix_views(shapes, weight_dimension_numbers, rule.side)
         for path, G, view in zip(paths, leaves, views, strict=True):
             _check_projected(path, G, view, params)
+        trees = _fit.trees_of(rule, state)
+        _fit.check_matrices(rule, paths, views, trees)
         without_matrices = lambda tree: _without_matrices(
             treedef, treedef.flatten_up_to(tree), views
         )
         grads = without_matrices(updates)
+        _fit.check_fallback(grads, state.fallback)
         finite = jax.tree.map(lambda g: jnp.all(jnp.isfinite(g)) | (not skip_nonfinite), grads)
         others, fallback_state = fallback.update(
             jax.tree.map(or_zero, finite, grads),
@@ -100,16 +105,19 @@ def lift(
             **extra_args,
         )
         others = jax.tree.map(or_zero, finite, others)
-        skipped = state.skipped + sum(~ok for ok in jax.tree.leaves(finite))
+        skipped = state.skipped + sum((~ok).astype(jnp.int32) for ok in jax.tree.leaves(finite))
 
         outputs = treedef.flatten_up_to(others)
-        trees = rule.structure().flatten_up_to(tuple(state[1:-2]))
         columns = [jax.tree.leaves(tree) for tree in trees]
         matrices = [i for i, view in enumerate(views) if view is not None]
         key = jax.random.key(seed)
         # pyrefly: ignore [missing-attribute]
         precision = jax.config.jax_default_matmul_precision or "default"
         of = lambda things, group: [things[matrices[k]] for k in group.members]
+        given = [leaves[i].dtype for i in matrices]
+        for i in matrices:
+            if not is_projected(leaves[i]):
+                leaves[i] = leaves[i].astype(_at_least_bfloat16(leaves[i].dtype))
         members = [(paths[i], leaves[i], views[i]) for i in matrices]
         sizes = [max(x.size for x in arrays) for arrays in zip(*columns, strict=True)]
         phases = _phases(weight_dimension_numbers, shapes) if rule.stagger else {}
@@ -130,7 +138,7 @@ def lift(
             )
             skipped += bad
             for j, k in enumerate(group.members):
-                outputs[matrices[k]] = Ds[j]
+                outputs[matrices[k]] = Ds[j].astype(given[k])
                 for column, arrays in zip(columns, new, strict=True):
                     column[k] = arrays[j]
         trees = [
@@ -163,6 +171,21 @@ def _check_projected(path: Path, G: Any, view: View | None, params: PyTree) -> N
         raise ValueError(f"{where} and so `update` needs the parameters")
 
 
+def _check_real(path: Path, leaf: Any) -> None:
+    if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+        raise TypeError(
+            f"the matrix {path_string(path)} must be real, got {leaf.dtype}: wrap the optimizer in"
+            " optax.contrib.split_real_and_imaginary, or give the leaf to the fallback by"
+            " weight_dimension_numbers"
+        )
+
+
+def _at_least_bfloat16(dtype: Any) -> Any:
+    """JAX's 8-bit floats do not mix with others; bfloat16 holds all of their numbers."""
+    small = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 16
+    return jnp.bfloat16 if small else dtype
+
+
 def _stacked(tree: PyTree, batch: tuple[int, ...], dtype: Any) -> PyTree:
     return jax.tree.map(lambda x: jnp.broadcast_to(x, batch + x.shape), cast(tree, dtype))
 
@@ -182,6 +205,11 @@ def descend(
     weight_dimension_numbers: WeightDimensionNumbers | None,
 ) -> optax.GradientTransformationExtraArgs:
     """Decoupled weight decay and learning rate, for matrices and for the fallback's leaves."""
+
+    _check.scheduled("learning_rate", learning_rate)
+    _check.scheduled("adam_learning_rate", adam_learning_rate, optional=True)
+    _check.scheduled("weight_decay", weight_decay, least=0)
+    _check.scheduled("adam_weight_decay", adam_weight_decay, least=0)
 
     def labels(params):
         treedef = jax.tree.structure(params)

@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AxisType, PartitionSpec
 
-from sumo_optax import _layout
-from sumo_optax._axes import PyTree, WeightDimensionNumbers, named_leaves, path_string
+from sumo_optax import _check, _layout
+from sumo_optax._axes import WeightDimensionNumbers
 from sumo_optax._gradient import WholeGradients
 from sumo_optax._in_subspace import FIRST_MOMENTS, SubspaceState
 from sumo_optax._linalg import frobenius_norm, orthonormal_columns, unit_scale
 from sumo_optax._mofasgd import MofasgdState
+from sumo_optax._paths import PyTree, named_leaves, path_string
 from sumo_optax._report import low_rank_states
 from sumo_optax._subspace import captured_energy
 from sumo_optax._sumo import SumoState
@@ -158,6 +159,7 @@ def with_subspace_metrics(
       >>> float(sumo_optax.subspace_metrics(state).summary["captured"]) > 0.4
       True
     """
+    _check.transformation("tx", tx)
     tx = optax.with_extra_args_support(tx)
 
     def init(params):

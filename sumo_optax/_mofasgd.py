@@ -16,11 +16,12 @@ import jax.numpy as jnp
 import optax
 
 from sumo_optax import _check, _subspace
-from sumo_optax._axes import PyTree, WeightDimensionNumbers
+from sumo_optax._axes import WeightDimensionNumbers
 from sumo_optax._gradient import Update, WholeGradients
 from sumo_optax._group import Rule
 from sumo_optax._linalg import above_rounding, orthonormal_columns, svd
 from sumo_optax._matrix import descend, lift
+from sumo_optax._paths import PyTree
 
 
 class MofasgdState(NamedTuple):

@@ -8,8 +8,8 @@ from typing import Any, NoReturn
 import jax
 import optax
 
-from sumo_optax._axes import Path, PyTree, Whole, parts_of, path_names, path_string
 from sumo_optax._last_norm import LastNormState
+from sumo_optax._paths import Path, PyTree, Whole, leaves_of, parts_of, path_string
 from sumo_optax._program import sources
 
 Arrays = list[jax.Array]
@@ -39,7 +39,7 @@ class Parts:
         for i, part in enumerate(numbers.values()):
             members.setdefault(part, []).append(i)
         index = {path: i for i, path in enumerate(numbers)}
-        named, state_def = jax.tree_util.tree_flatten_with_path(state)
+        named, state_def = leaves_of(state), jax.tree.structure(state)
         # The longest path of a parameter that a path in the state ends in.
         ends = lambda path: (index.get(path[k:]) for k in range(len(path)))
         owner = lambda path: next((i for i in ends(path) if i is not None), None)
@@ -50,11 +50,11 @@ class Parts:
             Whole(params, numbers),
             members,
             jax.tree.structure(params),
-            [x for _, x in named],
+            [x.value for x in named],
             state_def,
-            [owner(path_names(path)) for path, _ in named],
+            [owner(x.path) for x in named],
             jax.tree.leaves(sums),
-            [path_names(path)[-1:] == ("skipped",) for path, _ in named],
+            [x.path[-1:] == ("skipped",) for x in named],
         )
 
     @property

@@ -11,10 +11,11 @@ import optax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from sumo_optax import _check
-from sumo_optax._axes import PyTree, flax_dimension_numbers
+from sumo_optax._conventions import flax_dimension_numbers
 from sumo_optax._in_subspace import scale_in_subspace
 from sumo_optax._mofasgd import mofasgd
 from sumo_optax._online_subspace_descent import online_subspace_descent
+from sumo_optax._paths import PyTree
 from sumo_optax._report import in_words, table
 from sumo_optax._sharding import abstract_state
 from sumo_optax._sumo import sumo

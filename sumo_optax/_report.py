@@ -2,6 +2,7 @@
 
 import math
 import re
+import warnings
 from collections import Counter
 from typing import Any, NamedTuple
 
@@ -9,11 +10,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sumo_optax._axes import Path, PyTree, is_open, named_leaves, path_string
+from sumo_optax import _check
+from sumo_optax._conventions import Reading, readings
 from sumo_optax._in_subspace import SubspaceState
 from sumo_optax._mofasgd import MofasgdState
+from sumo_optax._paths import Path, PyTree, named_leaves, path_string
 from sumo_optax._sumo import SumoState, sumo
 
+_TOLD = "weight_dimension_numbers says so"
 _LOW_RANK_STATES = (SumoState, SubspaceState, MofasgdState)
 
 
@@ -30,6 +34,7 @@ class LeafReport(NamedTuple):
     rank: int | None
     state_bytes: int
     adamw_bytes: int
+    why: str  # it is a matrix, or is none
 
 
 class Report(NamedTuple):
@@ -45,6 +50,14 @@ class Report(NamedTuple):
     @property
     def adamw_bytes(self) -> int:
         return sum(leaf.adamw_bytes for leaf in self.leaves)
+
+    @property
+    def reasons(self) -> str:
+        """A table of why each leaf is a matrix, or is none."""
+        rows: list[tuple[str, ...]] = [("parameter", "shape", "role", "why")]
+        for path, [x, *_] in _alike(self.leaves, lambda x: (x.shape, x.role, x.why)):
+            rows.append((path, f"({','.join(map(str, x.shape))})", x.role, x.why))
+        return table(rows)
 
     def __str__(self) -> str:
         header = ("parameter", "shape", "role", "m x n", "side", "rank", "state", "AdamW's")
@@ -79,10 +92,12 @@ def describe(tx_or_rank: optax.GradientTransformation | int, params: PyTree) -> 
       with totals in its last line, and whose fields ``leaves``, ``state_bytes`` and
       ``adamw_bytes`` are the same as data. AdamW holds two numbers per parameter, in its dtype.
       The role ``open`` is that of leaves on the fallback which path and shape would allow to be
-      matrices in more ways than one.
+      matrices in more ways than one. ``reasons`` is a table that says why each leaf is a matrix or
+      is none.
 
     Raises:
       ValueError: a low-rank optimizer finds no matrix among the parameters.
+      TypeError: `params` are no arrays, or an optimizer's state; arguments in the wrong order.
 
     Examples:
       >>> import jax, jax.numpy as jnp, sumo_optax
@@ -93,8 +108,14 @@ def describe(tx_or_rank: optax.GradientTransformation | int, params: PyTree) -> 
       65,536 parameters, 1 matrices; optimizer state 40.0 KiB, 8% of AdamW's 512.0 KiB
     """
     tx = sumo(1.0, tx_or_rank) if isinstance(tx_or_rank, int) else tx_or_rank
-    state = jax.eval_shape(tx.init, params)
-    leaves = named_leaves(params)
+    _check.transformation("tx_or_rank", tx, or_else="a rank")
+    if _is_state(params):
+        raise TypeError("params must be a tree of parameters, got the state of an optimizer")
+    _check.arrays("params", params)
+    with warnings.catch_warnings():  # the report says it all
+        warnings.simplefilter("ignore", UserWarning)
+        state = jax.eval_shape(tx.init, params)
+    leaves, found = named_leaves(params), readings(params)
     held, shared = _held_bytes(state, leaves)
     bases = _bases(state)
     if bases is not None and leaves and not bases:
@@ -103,7 +124,7 @@ def describe(tx_or_rank: optax.GradientTransformation | int, params: PyTree) -> 
             f"no parameter is a matrix, so there is nothing to hold at low rank; the parameters are"
             f" {seen}. Say which axes make a matrix with weight_dimension_numbers"
         )
-    rows = [_leaf_report(path, x, bases, held[path]) for path, x in leaves.items()]
+    rows = [_leaf_report(path, x, bases, held[path], found[path]) for path, x in leaves.items()]
     return Report(tuple(rows), shared)
 
 
@@ -122,6 +143,8 @@ def state_bytes(tx: optax.GradientTransformation, params: PyTree) -> int:
       >>> sumo_optax.state_bytes(optax.scale_by_adam(), {"w": jnp.ones((8, 4))})
       260
     """
+    _check.transformation("tx", tx)
+    _check.arrays("params", params)
     return sum(_size(x) for x in jax.tree.leaves(jax.eval_shape(tx.init, params)))
 
 
@@ -156,35 +179,73 @@ def _bases(state: PyTree) -> dict[Path, tuple[int, ...]] | None:
     return {path: q.shape for x in ours for path, q in named_leaves(x.basis).items()}
 
 
-def _leaf_report(path: Path, x: Any, bases: dict[Path, Any] | None, held: int) -> LeafReport:
+def _is_state(params: PyTree) -> bool:
+    kinds = (*_LOW_RANK_STATES, optax.ScaleByAdamState, optax.TraceState)
+    is_state = lambda x: isinstance(x, kinds)
+    return any(map(is_state, jax.tree.leaves(params, is_leaf=is_state)))
+
+
+def _leaf_report(
+    path: Path, x: Any, bases: dict[Path, Any] | None, held: int, reading: Reading
+) -> LeafReport:
     shape, adamw = jnp.shape(x), 2 * _size(x)
     if bases is None or path not in bases:
-        role = "-" if bases is None else "open" if is_open(path, shape) else "fallback"
-        return LeafReport(path_string(path), shape, role, (), None, None, "", None, held, adamw)
+        is_open = reading.is_open and bases is not None
+        role = "-" if bases is None else "open" if is_open else "fallback"
+        why = reading.why if reading.axes is None else _TOLD
+        return LeafReport(
+            path_string(path), shape, role, (), None, None, "", None, held, adamw, why
+        )
     *batch, p, r = bases[path]
     q = math.prod(shape) // (math.prod(batch) * p)
     m, n = max(p, q), min(p, q)
-    inputs = [math.prod(shape[len(batch) : i]) for i in range(len(batch) + 1, len(shape))]
+    axes, why = _axes_as_read(reading, shape, tuple(batch), {p, q})
+    inputs = {math.prod(shape[a] for a in axes[0])} if axes else _products(shape, batch)
     side = "in" if p in inputs else "out"
-    return LeafReport(path_string(path), shape, "matrix", tuple(batch), m, n, side, r, held, adamw)
+    return LeafReport(
+        path_string(path), shape, "matrix", tuple(batch), m, n, side, r, held, adamw, why
+    )
+
+
+def _axes_as_read(reading: Reading, shape, batch, sides: set[int]) -> tuple[Any, str]:
+    """The axes that the leaf's shape and path give, if these are what the optimizer took."""
+    axes = reading.axes
+    if axes is None:
+        return None, _TOLD
+    size = lambda side: math.prod(shape[a] for a in side)
+    others = tuple(n for a, n in enumerate(shape) if a not in axes[0] + axes[1])
+    same = others == batch and set(map(size, axes)) == sides
+    return (axes, reading.why) if same else (None, _TOLD)
+
+
+def _products(shape: tuple[int, ...], batch: Any) -> set[int]:
+    """What the inputs may be, where batch axes come first and inputs next."""
+    start = len(batch)
+    return {math.prod(shape[start:i]) for i in range(start + 1, len(shape))}
+
+
+def _alike(leaves: tuple[LeafReport, ...], traits: Any) -> list[tuple[str, list[LeafReport]]]:
+    """Leaves that differ in numbers on their path only, by their path without these."""
+    groups: dict[Any, list[LeafReport]] = {}
+    for leaf in leaves:
+        pattern = re.sub(r"(?<![a-zA-Z])\d+(?![a-zA-Z])", "*", leaf.path)
+        groups.setdefault((pattern, traits(leaf)), []).append(leaf)
+    named = lambda pattern, members: pattern if len(members) > 1 else members[0].path
+    return [(named(pattern, members), members) for (pattern, _), members in groups.items()]
 
 
 def _grouped(leaves: tuple[LeafReport, ...]) -> list[tuple[str, ...]]:
-    """One row for leaves that differ in numbers on their path only; bytes are added up."""
-    groups: dict[tuple, list[LeafReport]] = {}
-    for leaf in leaves:
-        pattern = re.sub(r"(?<![a-zA-Z])\d+(?![a-zA-Z])", "*", leaf.path)
-        groups.setdefault((pattern, *leaf[1:8]), []).append(leaf)
-    return [_row(pattern, members) for (pattern, *_), members in groups.items()]
+    """One row for leaves that are alike; bytes are added up."""
+    return [_row(path, members) for path, members in _alike(leaves, lambda x: x[1:8])]
 
 
-def _row(pattern: str, members: list[LeafReport]) -> tuple[str, ...]:
+def _row(path: str, members: list[LeafReport]) -> tuple[str, ...]:
     leaf = members[0]
     matrix = "" if leaf.m is None else f"{leaf.m} x {leaf.n}"
     if leaf.batch:
         matrix = f"{math.prod(leaf.batch)} of {matrix}"
     return (
-        pattern if len(members) > 1 else leaf.path,
+        path,
         (f"{len(members)} of " if len(members) > 1 else "") + f"({','.join(map(str, leaf.shape))})",
         leaf.role,
         matrix,

@@ -6,7 +6,7 @@ import jax
 import optax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
-from sumo_optax._axes import PyTree, named_leaves, path_string
+from sumo_optax._paths import PyTree, named_leaves, path_string
 
 
 def state_shardings(

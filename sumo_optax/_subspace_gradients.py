@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 
-from sumo_optax._axes import PyTree, WeightDimensionNumbers, named_leaves
+from sumo_optax._axes import WeightDimensionNumbers
 from sumo_optax._gradient import ProjectedGradient
+from sumo_optax._paths import PyTree, named_leaves
 from sumo_optax._program import Evaluator, Scan, traced
 from sumo_optax._report import low_rank_states
 from sumo_optax._thin_products import Weight, as_array, product, reshaped, transposed

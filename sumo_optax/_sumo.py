@@ -21,11 +21,12 @@ import jax.numpy as jnp
 import optax
 
 from sumo_optax import _check, _subspace
-from sumo_optax._axes import PyTree, WeightDimensionNumbers
+from sumo_optax._axes import WeightDimensionNumbers
 from sumo_optax._gradient import Update, WholeGradients
 from sumo_optax._group import Rule
 from sumo_optax._linalg import PolarMethod, check_polar_method, column_norms, polar_factor
 from sumo_optax._matrix import descend, lift
+from sumo_optax._paths import PyTree
 from sumo_optax._view import Side
 
 Residual = Literal["gradient", "scaled"] | None
@@ -111,7 +112,7 @@ def scale_by_sumo(
       weight_dimension_numbers: which axes of which leaves make matrices: one
         ``optax.contrib.MuonDimensionNumbers``, a tree of them and None, or a function from
         parameters to such a tree. Axes that it does not name are batch axes. The default is
-        :func:`flax_dimension_numbers`.
+        :func:`flax_dimension_numbers`; ``init`` warns of leaves that it leaves open.
       fallback: the transformation for leaves that are no matrices, by default
         ``optax.scale_by_adam()``.
       skip_nonfinite: whether a gradient with a NaN or Inf gives its leaf (its matrix, in a stack of
@@ -127,7 +128,9 @@ def scale_by_sumo(
       change from step to step; the other arguments are static.
 
     Raises:
-      ValueError, TypeError: an argument is not as above; at init, a spec does not fit its leaf.
+      ValueError, TypeError: an argument is not as above; at init, a spec does not fit its leaf, a
+        matrix is complex, or no leaf is a matrix though one is open; at update, the gradients do
+        not fit the state.
 
     Examples:
       >>> import jax.numpy as jnp, optax, sumo_optax

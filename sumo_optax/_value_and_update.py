@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sumo_optax._axes import Path, named_leaves, path_string
+from sumo_optax import _check
 from sumo_optax._parts import Arrays, Parts, numbers_of_parts
+from sumo_optax._paths import Path, named_leaves, path_string
 from sumo_optax._program import Evaluator, Pullback, Scan, traced, uses
 
 
@@ -82,6 +83,7 @@ def value_and_update(
       Lv et al., *Full Parameter Fine-tuning for Large Language Models with Limited Resources*,
       `arXiv 2306.09782 <https://arxiv.org/abs/2306.09782>`_, section 3, for SGD.
     """
+    _check.transformation("tx", tx)
     tx = optax.with_extra_args_support(tx)
 
     def step(params, state, *args, **kwargs):

@@ -6,8 +6,9 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sumo_optax._axes import MatrixAxes, PyTree, WeightDimensionNumbers, resolve
+from sumo_optax._axes import MatrixAxes, WeightDimensionNumbers, resolve
 from sumo_optax._gradient import shaped
+from sumo_optax._paths import PyTree
 
 Side = Literal["long", "short"]
 

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+import warnings
 from typing import NamedTuple
 
 import equinox as eqx
@@ -668,7 +669,13 @@ def test_random_trees(make, data):
     # Adam's own eps is 0 in float16, which is not what is tested here.
     tx = make.__wrapped__(rank=draw(strategies.integers(1, 8)), fallback=optax.identity())
     grads = like(params, draw(strategies.integers(0, 100)))
-    updates, state = jax.jit(tx.update)(grads, tx.init(params))
+    with warnings.catch_warnings():  # of leaves that are open; a tree of nothing else is an error
+        warnings.simplefilter("ignore", UserWarning)
+        try:
+            state = tx.init(params)
+        except ValueError:
+            hypothesis.reject()
+    updates, state = jax.jit(tx.update)(grads, state)
     for u, g in zip(jax.tree.leaves(updates), jax.tree.leaves(grads), strict=True):
         assert u.shape == g.shape and u.dtype == g.dtype
         assert np.isfinite(u.astype(np.float32)).all()
