@@ -22,7 +22,8 @@ Spec = tuple[Entry, ...]
 def placed(arrays: list[jax.Array], leaf: Any, view: Any, words: list[str]) -> list[jax.Array]:
     """State arrays where the leaf says, an array on a mesh or one whose type has a sharding.
 
-    A word names the axes of a state array of one matrix: m, n or any other letter.
+    A word names the axes of a state array of one matrix: m, n, M and N for blocks of these, or any
+    other letter.
     """
     sharding = _sharding(leaf)
     if sharding is None:
@@ -128,7 +129,12 @@ def _state_spec(
     entries = [*(spec[a] for a in view.batch_axes), *(sides.get(x) for x in word)]
     if mesh is None or len(word) < 2:
         return PartitionSpec(*entries)
+    sides |= {x.upper(): e for x, e in sides.items()}
+    entries = [*(spec[a] for a in view.batch_axes), *(sides.get(x) for x in word)]
+    parts = lambda axes: math.prod(mesh.shape[a] for a in axes)
     taken = [e if isinstance(e, tuple) else () if e is None else (e,) for e in entries]
+    # Blocks, and pairs in a byte, are fewer than the numbers.
+    taken = [axes if size % parts(axes) == 0 else () for axes, size in zip(taken, shape, strict=True)]
     batch, last = len(view.batch_axes), len(entries)
     order = sorted(range(last), key=lambda k: 1 if k < batch else 2 * (word[k - batch] in sides))
     own = [axis for e in spec if e for axis in ((e,) if isinstance(e, str) else e)]
@@ -136,8 +142,7 @@ def _state_spec(
         if any(axis in axes for axes in taken):
             continue
         for k in order:
-            parts = math.prod(mesh.shape[a] for a in (*taken[k], axis))
-            if shape[k] % parts == 0:
+            if shape[k] % parts((*taken[k], axis)) == 0:
                 taken[k] = (*taken[k], axis)
                 break
     unwrapped = [axes[0] if len(axes) == 1 else axes or None for axes in taken]

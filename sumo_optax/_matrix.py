@@ -28,6 +28,7 @@ from sumo_optax._group import (
     is_projected,
     or_zero,
 )
+from sumo_optax._quantize import bits_of, in_few_bits
 from sumo_optax._view import View, matrix_views
 
 MATRIX, FALLBACK = "matrix", "fallback"
@@ -49,6 +50,9 @@ def lift(
     tree like the parameters for every array: batch axes in front for a matrix, a `MaskedNode` for
     any other leaf.
     """
+    bits = bits_of(state_dtype)
+    if bits is not None:
+        rule, state_dtype = in_few_bits(rule, bits), None
     fallback = optax.with_extra_args_support(
         optax.scale_by_adam() if fallback is None else fallback
     )
@@ -111,7 +115,8 @@ def lift(
         precision = jax.config.jax_default_matmul_precision or "default"
         of = lambda things, group: [things[matrices[k]] for k in group.members]
         members = [(paths[i], leaves[i], views[i]) for i in matrices]
-        sizes = [max(x.size for x in arrays) for arrays in zip(*columns, strict=True)]
+        largest = lambda arrays: rule.packed * max(x.size for x in arrays)
+        sizes = [largest(arrays) for arrays in zip(*columns, strict=True)]
         phases = _phases(weight_dimension_numbers, shapes) if rule.stagger else {}
         for group in groups_of(rule, members, sizes, phases):
             step = group_step(rule, group, of(paths, group), skip_nonfinite, precision)
