@@ -23,6 +23,7 @@ from sumo_optax._axes import (
 from sumo_optax._in_subspace import SubspaceState
 from sumo_optax._linalg import svd
 from sumo_optax._mofasgd import MofasgdState
+from sumo_optax._quantize import dequantized, requantized
 from sumo_optax._sumo import SumoState
 from sumo_optax._view import matrix_view
 
@@ -124,7 +125,9 @@ def convert_state(
       (4, 16)
     """
     _check.number("adam_b1", adam_b1, least=0, below=1)
-    fresh, sources = tx.init(params), list(_sources(state))
+    held = tx.init(params)
+    state, fresh = dequantized(state), dequantized(held)
+    sources = list(_sources(state))
     if not any(map(_is_ours, _sources(fresh))):
         raise ValueError(f"tx must hold SUMO or MoFaSGD, got one with {_names(fresh)}")
     moments = {  # of two for one leaf, ours
@@ -161,7 +164,7 @@ def convert_state(
 
     with jax.default_matmul_precision("highest"):
         converted = jax.tree.map(convert, fresh, is_leaf=_is_ours)
-    return _rest(state, converted, adams, sources[0].count)
+    return requantized(_rest(state, converted, adams, sources[0].count), held)
 
 
 def _is_ours(x: Any) -> bool:

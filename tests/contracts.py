@@ -29,6 +29,12 @@ TABLE = {
             **kw,
         ),
     ),
+    "sumo_int8": (
+        lambda learning_rate=1e-2, rank=3, **kw: sumo_optax.sumo(
+            learning_rate, rank, state_dtype="int8", **kw
+        ),
+        lambda rank=3, **kw: sumo_optax.scale_by_sumo(rank, state_dtype="int8", **kw),
+    ),
     "online_subspace_descent": (
         lambda learning_rate=1e-2, rank=3, momentum=0.9, **kw: sumo_optax.online_subspace_descent(
             learning_rate, rank, inner=optax.scale_by_adam(momentum), **kw
@@ -55,7 +61,7 @@ TABLE = {
 
 
 # Rows of other arguments: as slow tests, their files having tests of their own besides.
-VARIANTS = ("sumo_periodic", "galore")
+VARIANTS = ("sumo_periodic", "sumo_int8", "galore")
 
 
 def every(column, slow=VARIANTS):
