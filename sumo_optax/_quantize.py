@@ -278,7 +278,7 @@ def _encoded(x: jax.Array, t: jax.Array, *, bits: int, axis: int, squares: bool)
     x = at_least_float32(x)
     unit = x / _spread(jnp.where(largest == 0, 1, largest), x.shape[-1])
     if squares:
-        v = jnp.floor(top * jnp.sqrt(unit) + _thresholds(x.shape, t))
+        v = jnp.floor(top * jnp.sqrt(jnp.sqrt(unit)) + _thresholds(x.shape, t))
         v = jnp.where(x > 0, jnp.clip(v, 1, top), 0)
     elif packed is None:
         v = jnp.clip(jnp.round(top * unit), -offset, top)
@@ -301,7 +301,7 @@ def _decoded(values: jax.Array, largest: jax.Array, *, axis: int, squares: bool)
         v, (top, offset) = values.astype(jnp.int32) + 128, _code(8, squares)
     unit = (v.astype(jnp.int32) - offset).astype(at_least_float32(largest).dtype) / top
     if squares:
-        unit = unit**2
+        unit = unit**4
     elif values.dtype == jnp.uint8:
         unit = _bent(unit)
     return (_spread(at_least_float32(largest), v.shape[-1]) * unit).astype(largest.dtype)

@@ -64,12 +64,13 @@ TABLE = {
 VARIANTS = ("sumo_periodic", "sumo_int8", "galore")
 
 
-def every(column, slow=VARIANTS):
+def every(column, slow=VARIANTS, without=()):
     """The same arguments give the same object, so that tests share its compilations."""
     marks = lambda name: [pytest.mark.slow] if name in slow else []
     rows = [
         pytest.param(functools.cache(row[column]), id=name, marks=marks(name))
         for name, row in TABLE.items()
+        if name not in without
     ]
     return pytest.mark.parametrize("make", rows)
 
@@ -78,6 +79,11 @@ every_optimizer, every_transformation = every(0), every(1)
 # For tests that compile for long: in the quick suite one row stands for all.
 ALL_BUT_ONE = [name for name in TABLE if name != "sumo"]
 every_optimizer_slowly, every_transformation_slowly = every(0, ALL_BUT_ONE), every(1, ALL_BUT_ONE)
+# For tests of what arrays of the state are; those in few bits have tests of their own.
+IN_FEW_BITS = ("sumo_int8",)
+every_optimizer_in_floats = every(0, without=IN_FEW_BITS)
+every_optimizer_in_floats_slowly = every(0, ALL_BUT_ONE, IN_FEW_BITS)
+every_transformation_in_floats = every(1, without=IN_FEW_BITS)
 
 
 def like(tree, seed, scale=1.0):
