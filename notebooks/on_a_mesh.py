@@ -76,7 +76,11 @@ basis, moment = (getattr(state[0], name)["dense"]["kernel"] for name in ("basis"
 print("basis", basis.shape, basis.sharding.spec)
 jax.debug.visualize_array_sharding(basis)
 print("moment", moment.shape, moment.sharding.spec)
-print("on each device", basis.addressable_shards[0].data.shape, moment.addressable_shards[0].data.shape)
+print(
+    "on each device",
+    basis.addressable_shards[0].data.shape,
+    moment.addressable_shards[0].data.shape,
+)
 assert basis.sharding.spec == P("tensor", "fsdp") and moment.sharding.spec == P("tensor", "fsdp")
 
 # %% [markdown]

@@ -137,9 +137,9 @@ def _state_spec(
 
 
 def as_fits(fn: Callable[..., PyTree], *arrays: Any) -> PyTree:
-    """`fn` on a mesh of any kind of axes: what it gives lies like the first array, as far as it fits.
+    """`fn` on a mesh with any kind of axes. What it gives lies like the first array.
 
-    Where it does not, mesh axes go to the first axis that they divide.
+    Mesh axes that do not divide the axis they were on go to the first that they divide.
     """
     sharding = jax.typeof(arrays[0]).sharding
     if AxisType.Explicit not in sharding.mesh.axis_types:
@@ -153,10 +153,12 @@ def as_fits(fn: Callable[..., PyTree], *arrays: Any) -> PyTree:
 def _fitted(
     entries: Sequence[Entry], spec: Spec, shape: Any, mesh: Any, order: Iterable[int]
 ) -> PartitionSpec:
-    """The entries that divide their axes; all else of the leaf's `spec` where it can, in `order`."""
+    """The entries that divide their axes; the rest of `spec` where it can be, in `order`."""
     parts = lambda axes: math.prod(mesh.shape[a] for a in axes)
     taken = [e if isinstance(e, tuple) else () if e is None else (e,) for e in entries]
-    taken = [axes if size % parts(axes) == 0 else () for axes, size in zip(taken, shape, strict=True)]
+    taken = [
+        axes if size % parts(axes) == 0 else () for axes, size in zip(taken, shape, strict=True)
+    ]
     own = [axis for e in spec if e for axis in ((e,) if isinstance(e, str) else e)]
     for axis in own:
         if any(axis in axes for axes in taken):

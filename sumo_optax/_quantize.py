@@ -1,9 +1,9 @@
-"""State in 8 or 4 bits: whole numbers, and the largest magnitude of every block of 128.
+"""State in 8 or 4 bits: whole numbers v, and the largest number of every block of 128.
 
-A number is `largest` v / top, v from -top to top. What holds squares is never negative, and there it
-is `largest` (v / top)², v from 1 to top and 0 for an exact zero alone: a root that is not 0 does not
-become 0, whatever else is in its block. The largest number of a block is kept as it is, so that
-what was dequantised and not changed is stored again bit for bit.
+With u = v / top a number is `largest` u in 8 bits; in 4 bits `largest` (a u + (1 - a) u³), whose 16
+levels are closer together near 0. Squares are never negative and are divided by: they are `largest`
+u⁴, and v = 0 is an exact zero alone, so that what is not 0 does not become 0. The largest number of
+a block is kept as it is, and what was dequantised and not changed is held again bit for bit.
 
 Four bits are packed: two neighbours share a byte, along the blocks or, where that length is odd,
 along the axis beside it. Matrices odd both ways take 8 bits.
@@ -24,17 +24,28 @@ from sumo_optax._group import Rule
 from sumo_optax._layout import as_fits
 from sumo_optax._linalg import at_least_float32
 
-BLOCK = 128
-# Of the 16 levels' spacing at 0: the least squared error for Gaussian numbers, 0.6 of even levels'.
+_BLOCK = 128
+_LEAST_SIZE = 1024  # smaller arrays are not worth it
+# a above: with it the squared error of Gaussian numbers is 0.6 of that with 15 even levels.
 _SLOPE = 0.67
-_LEAST_SIZE = 1024  # of what is worth a block's scale: smaller arrays stay
 
-# Parts of 2^32 that no whole number is near to in a few multiples, for steps and for places.
+# Parts of 2^32 whose multiples spread evenly, for steps and for places.
 _GOLDEN = (np.uint32(2654435769), np.uint32(2246822519), np.uint32(3266489917))
 
 # Names that optax gives to means of gradients, and to means or sums of squares.
 _MEANS = {"mu", "trace", "m", "m1", "m2"}
-_SQUARES = {"nu", "nu_max", "v", "v_row", "v_col", "n", "e_g", "e_x", "exp_avg_sq", "sum_of_squares"}
+_SQUARES = {
+    "nu",
+    "nu_max",
+    "v",
+    "v_row",
+    "v_col",
+    "n",
+    "e_g",
+    "e_x",
+    "exp_avg_sq",
+    "sum_of_squares",
+}
 # Those of these mean something else.
 _OTHERS = (optax.ScaleByAdanState, optax.ScaleBySM3State)
 
@@ -61,7 +72,7 @@ class QuantizedState(NamedTuple):
     both; any other is in `values` as it is, with a `MaskedNode` in `largest`.
     """
 
-    count: jax.Array  # shape (), int32
+    count: jax.typing.ArrayLike  # shape (), int32
     values: PyTree  # whole numbers: shape (..., n), int8; or shape (..., n / 2), uint8
     largest: PyTree  # of each block, shape (..., blocks), in the inner array's dtype
 
@@ -71,20 +82,22 @@ def quantize_state(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Holds the state of any optax transformation in 8 or 4 bits.
 
-    With :math:`a` the largest magnitude among a block's 128 numbers, along an array's last axis, a
-    number x is held as a whole number v,
+    With :math:`a` the number of the largest magnitude among 128, a block along an array's last
+    axis, a number x is held as a whole number v,
 
     .. math::
-      x = a \, v / q \quad (q = 127, 7), \qquad\text{or}\qquad
-      x = a \, (v / q)^2 \quad (q = 255, 15)
+      x = a u \quad (u = v / 128), \qquad
+      x = a \, (0.67 \, u + 0.33 \, u^3) \quad (u = v / 8), \qquad
+      x = a \, u^4 \quad (u = v / 255 \text{ or } v / 15)
 
-    the second for means and sums of squares, by optax's names for them: ``nu``, ``v``,
-    ``sum_of_squares`` and the like. Of these only an exact zero becomes 0: a step divided by their
-    root stays bounded. Means are rounded to nearest, squares up or down by a threshold that
-    goes through [0, 1] evenly from step to step, since they move by less than a unit at a time.
+    with 8 bits, with 4 bits, and for means and sums of squares, which go by optax's names for them:
+    ``nu``, ``v``, ``sum_of_squares`` and the like. Of these only an exact zero becomes 0, so that a
+    step which is divided by their root stays bounded. All else is rounded to nearest. Squares move
+    by less than a level in a step: they are rounded up or down by a threshold that goes evenly
+    through [0, 1] from step to step, and are right on average.
 
-    It takes 8.25 or 4.25 bits a number for a float32 state. Floating-point arrays of
-    at least 1,024 numbers and two axes are held so; counters, vectors and small arrays stay.
+    That is 8.25 or 4.25 bits a number for a float32 state. Floating-point arrays of at least 1,024
+    numbers and two axes are held so; counters, vectors and small arrays stay.
 
     Do not put it around what holds parameters (``schedule_free``, ``lookahead``) or sums up
     gradients (``MultiSteps``), but inside of it. The optimizers of this library do better with
@@ -176,7 +189,7 @@ def bits_of(dtype: Any) -> int | None:
 
 
 def dequantized(tree: PyTree) -> PyTree:
-    """The tree with floating-point arrays for all in few bits, wrapped states as their inner ones."""
+    """The tree with floating-point arrays for those in few bits."""
 
     def floats(x):
         if isinstance(x, QuantizedState):
@@ -222,9 +235,8 @@ class _Pair(NamedTuple):
 
 
 def _of_pairs(pairs: PyTree, axis: int, squares: bool) -> Quantized:
-    is_pair = lambda x: isinstance(x, _Pair)
-    fields = (jax.tree.map(lambda x: x[i], pairs, is_leaf=is_pair) for i in range(2))
-    return Quantized(*fields, axis, squares)
+    of = lambda f: jax.tree.map(f, pairs, is_leaf=lambda x: isinstance(x, _Pair))
+    return Quantized(of(lambda x: x.values), of(lambda x: x.largest), axis, squares)
 
 
 def _is_quantized(x: Any) -> bool:
@@ -278,13 +290,15 @@ def _encoded(x: jax.Array, t: jax.Array, *, bits: int, axis: int, squares: bool)
     x = at_least_float32(x)
     unit = x / _spread(jnp.where(largest == 0, 1, largest), x.shape[-1])
     if squares:
-        v = jnp.floor(top * jnp.sqrt(jnp.sqrt(unit)) + _thresholds(x.shape, t))
-        v = jnp.where(x > 0, jnp.clip(v, 1, top), 0)
+        below = jnp.clip(jnp.floor(top * jnp.sqrt(jnp.sqrt(unit))), 1, top - 1)
+        part = (unit * float(top) ** 4 - below**4) / ((below + 1) ** 4 - below**4)
+        v = jnp.where(x > 0, below + (part > _thresholds(x.shape, t)), 0)
     elif packed is None:
         v = jnp.clip(jnp.round(top * unit), -offset, top)
     else:  # to the nearest of levels that are not evenly spaced
         levels = _bent(np.arange(-offset, top + 1) / top)
-        v = sum(unit > between for between in (levels[1:] + levels[:-1]) / 2) - offset
+        passed = (unit > between for between in (levels[1:] + levels[:-1]) / 2)
+        v = sum(passed, start=jnp.full(x.shape, -offset))
     v = v.astype(jnp.int32) + offset
     if packed is None:
         return _Pair((v - 128).astype(jnp.int8), largest)
@@ -324,9 +338,9 @@ def _largest(blocks: jax.Array) -> jax.Array:
 
 
 def _thresholds(shape: tuple[int, ...], t: jax.Array) -> jax.Array:
-    """Numbers inside (0, 1), for each place evenly spread over the steps t: multiples of the golden ratio.
+    """Numbers inside (0, 1), spread evenly over the steps t in each place.
 
-    They leave out the ends, so that a number on the grid stays where rounding has moved it a little.
+    The ends are left out, so that a number on a level stays there if rounding moved it a little.
     """
     last = shape[-2:]
     places = [jax.lax.broadcasted_iota(jnp.uint32, last, k) for k in range(len(last))]
@@ -338,7 +352,7 @@ def _thresholds(shape: tuple[int, ...], t: jax.Array) -> jax.Array:
 def _blocks(x: jax.Array) -> jax.Array:
     """(..., n) as (..., blocks, up to 128), with zeros for what is missing of the last."""
     n = x.shape[-1]
-    size = min(BLOCK, max(n, 1))
+    size = min(_BLOCK, max(n, 1))
     count = -(-n // size)
     padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, count * size - n)])
     return padded.reshape(*x.shape[:-1], count, size)
@@ -346,7 +360,7 @@ def _blocks(x: jax.Array) -> jax.Array:
 
 def _spread(largest: jax.Array, n: int) -> jax.Array:
     """Of each of n numbers that of its block."""
-    return jnp.repeat(largest, BLOCK, axis=-1, total_repeat_length=BLOCK * largest.shape[-1])[
+    return jnp.repeat(largest, _BLOCK, axis=-1, total_repeat_length=_BLOCK * largest.shape[-1])[
         ..., :n
     ]
 

@@ -35,9 +35,9 @@ class SumoState(NamedTuple):
     """State of `scale_by_sumo`.
 
     Basis, moment and norm are trees like the parameters, with a `MaskedNode` for every leaf that is
-    no matrix. They are float32 (float64 for float64 parameters) unless `state_dtype` is given; with
-    ``"int8"`` or ``"int4"`` basis and moment are each a node ``Quantized`` of two such trees, ``values``
-    and ``largest``.
+    no matrix. They are float32 (float64 for float64 parameters) unless `state_dtype` is given. With
+    ``"int8"`` and ``"int4"`` basis and moment are nodes of two such trees, ``values`` and
+    ``largest``.
     """
 
     count: jax.Array  # shape (), int32

@@ -15,7 +15,7 @@ import sumo_optax
 from sumo_optax._plan import PRESETS, parameters, plan
 from sumo_optax._quantize import Quantized, dequantized, quantized, requantized
 
-SIZES = [(6, 300), (7, 301), (5, 256), (6, 1), (1, 9), (2, 4, 3, 130)]
+SIZES = [(6, 300), (7, 301), (6, 1), (2, 4, 3, 130)]
 SLOPE = 0.67
 
 
@@ -70,7 +70,7 @@ def test_numbers_become_levels_next_to_them(bits, squares):
         assert (got > 0).all()
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [pytest.param(8, marks=pytest.mark.slow), 4])
 def test_what_does_not_change_is_held_as_it_was(bits):
     @jax.jit
     def twice(arrays):
@@ -90,7 +90,7 @@ def test_what_does_not_change_is_held_as_it_was(bits):
         assert x.shape == y.shape and x.dtype == y.dtype
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [pytest.param(8, marks=pytest.mark.slow), 4])
 def test_zeros_and_wide_ranges(bits):
     x = np.zeros((2, 256), np.float32)
     x[0, :128] = np.geomspace(1e-30, 1e4, 128)
@@ -99,22 +99,25 @@ def test_zeros_and_wide_ranges(bits):
         assert got[0, 127] == x[0, 127] and not got[0, 128:].any() and not got[1].any()
         if squares:
             least = x[0, 127] / (2**bits - 1) ** 4
-            np.testing.assert_allclose(got[0, :100], least, rtol=1e-5)
+            np.testing.assert_allclose(got[0, :80], least, rtol=1e-5)
     for bad in (np.nan, np.inf):
         x[1, 3] = bad  # found by a look at the largest alone
         assert not np.isfinite(quantized(jnp.asarray(x), bits, -1, False).largest[1, 0])
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [pytest.param(8, marks=pytest.mark.slow), 4])
 def test_squares_are_right_on_average(bits):
-    """Roots are rounded up and down so often that their mean over steps is what they are."""
-    x = jnp.asarray(numbers((4, 128), True))
-    held = quantized(x, bits, -1, True)
-    at = jax.jit(lambda t: jnp.sqrt(dequantized(requantized(x, held, t))))
-    mean = np.mean([at(jnp.int32(t)) for t in range(200)], axis=0)
-    root, step = np.sqrt(x), np.sqrt(largest_of_blocks(np.asarray(x))) / (2**bits - 1)
-    above = root > step
-    assert (np.abs(mean - root)[above] < 0.02 * step[above]).all()
+    """They are rounded up and down so often that their mean over steps is what they are."""
+    x = numbers((4, 128), True)
+    held = quantized(jnp.asarray(x), bits, -1, True)
+    at = jax.jit(lambda t: dequantized(requantized(x, held, t)))
+    mean = np.mean([at(jnp.int32(t)) for t in range(256)], axis=0, dtype=np.float64)
+    largest, grid = largest_of_blocks(x), levels(bits, True)
+    above = np.clip(np.searchsorted(grid, x / largest), 2, len(grid) - 1)
+    level = largest * (grid[above] - grid[above - 1])
+    seen = x > largest * grid[1]
+    assert seen.mean() > 0.9
+    assert (np.abs(mean - x)[seen] < 0.02 * level[seen]).all()
 
 
 # Around any transformation.
@@ -135,7 +138,7 @@ AROUND = {
 }
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [pytest.param(8, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize(
     "name", [pytest.param(x, marks=[pytest.mark.slow] * (x != "adamw")) for x in AROUND]
 )
@@ -271,10 +274,9 @@ TRANSFORMATIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-@pytest.mark.parametrize(
-    "name", [pytest.param(x, marks=[pytest.mark.slow] * (x != "adam")) for x in TRANSFORMATIONS]
-)
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
 def test_on_eight_devices(name, kind):
     """Divided by all of them, in whole blocks where there are enough, and the same numbers."""
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind,) * 2)
@@ -339,7 +341,9 @@ def test_updates_inside_the_backward_pass(name):
     _, got, state = jax.jit(sumo_optax.value_and_update(loss, tx))(params, tx.init(params), x)
     assert_close(got, expected, rtol=1e-4)
     for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(held), strict=True):
-        assert a.dtype == b.dtype and np.mean(np.asarray(a) != np.asarray(b)) < 0.01 or (
-            jnp.issubdtype(a.dtype, jnp.floating)
+        assert (
+            a.dtype == b.dtype
+            and np.mean(np.asarray(a) != np.asarray(b)) < 0.01
+            or (jnp.issubdtype(a.dtype, jnp.floating))
         )
     assert isinstance(state, sumo_optax.QuantizedState) or isinstance(state[0].basis, Quantized)
