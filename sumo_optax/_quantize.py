@@ -53,7 +53,7 @@ _OTHERS = (optax.ScaleByAdanState, optax.ScaleBySM3State)
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["values", "largest"],
-    meta_fields=["axis", "squares"],
+    meta_fields=["axis", "squares", "nearest"],
 )
 @dataclasses.dataclass(frozen=True)
 class Quantized:
@@ -63,6 +63,7 @@ class Quantized:
     largest: PyTree  # of each block, in the arrays' own dtype
     axis: int  # along which blocks lie, -1 or -2
     squares: bool
+    nearest: bool  # or by thresholds, what moves by less than a level in a step
 
 
 class QuantizedState(NamedTuple):
@@ -138,7 +139,8 @@ def quantize_state(
         def held(path, x):
             large = jnp.ndim(x) > 1 and x.size >= _LEAST_SIZE
             if large and jnp.issubdtype(x.dtype, jnp.floating):
-                return quantized(x, bits, -1, _are_squares(path))
+                squares = _are_squares(path)
+                return quantized(x, bits, -1, squares, nearest=not squares)
             return x
 
         return QuantizedState(
@@ -165,14 +167,17 @@ def in_few_bits(rule: Rule, bits: int) -> Rule:
                 return of_leaf
             axis = min(word.find(side) for side in "mn" if side in word) - 2
             blocks = "".join(x.upper() if x in "mn" else x for x in of_leaf)
-            return Quantized(of_leaf, blocks, axis, _are_squares(path))
+            squares = _are_squares(path)
+            return Quantized(of_leaf, blocks, axis, squares, not (squares or rule.drifts))
 
         return jax.tree.map_with_path(of, rule.axes(1, 1), rule.axes(m, n))
 
     like = axes(1, 1)
 
     def init(m, n, dtype, key):
-        of = lambda q, x: quantized(x, bits, q.axis, q.squares) if _is_quantized(q) else x
+        def of(q, x):
+            return quantized(x, bits, q.axis, q.squares, q.nearest) if _is_quantized(q) else x
+
         return jax.tree.map(of, like, rule.init(m, n, dtype, key), is_leaf=_is_quantized)
 
     def step(G, state, t, due, keys):
@@ -202,10 +207,11 @@ def dequantized(tree: PyTree) -> PyTree:
     return jax.tree.map(floats, tree, is_leaf=_is_held)
 
 
-def quantized(tree: PyTree, bits: int, axis: int, squares: bool) -> Quantized:
-    encode = functools.partial(_encoded, bits=bits, axis=axis, squares=squares)
+def quantized(tree: PyTree, bits: int, axis: int, squares: bool, nearest: bool) -> Quantized:
+    given = {"axis": axis, "squares": squares, "nearest": nearest}
+    encode = functools.partial(_encoded, bits=bits, **given)
     pairs = jax.tree.map(lambda x: as_fits(encode, x, jnp.zeros([], jnp.int32)), tree)
-    return _of_pairs(pairs, axis, squares)
+    return _of_pairs(pairs, **given)
 
 
 def requantized(tree: PyTree, like: PyTree, t: jax.Array | None = None) -> PyTree:
@@ -219,12 +225,13 @@ def requantized(tree: PyTree, like: PyTree, t: jax.Array | None = None) -> PyTre
         if not _is_quantized(like):
             return tree
 
+        given = {"axis": like.axis, "squares": like.squares, "nearest": like.nearest}
+
         def encode(old, x):
             bits = 4 if old.dtype == jnp.uint8 else 8
-            encode = functools.partial(_encoded, bits=bits, axis=like.axis, squares=like.squares)
-            return as_fits(encode, x, t)
+            return as_fits(functools.partial(_encoded, bits=bits, **given), x, t)
 
-        return _of_pairs(jax.tree.map(encode, like.values, tree), like.axis, like.squares)
+        return _of_pairs(jax.tree.map(encode, like.values, tree), **given)
 
     return jax.tree.map(of, like, tree, is_leaf=_is_held)
 
@@ -234,9 +241,9 @@ class _Pair(NamedTuple):
     largest: jax.Array
 
 
-def _of_pairs(pairs: PyTree, axis: int, squares: bool) -> Quantized:
+def _of_pairs(pairs: PyTree, **given: Any) -> Quantized:
     of = lambda f: jax.tree.map(f, pairs, is_leaf=lambda x: isinstance(x, _Pair))
-    return Quantized(of(lambda x: x.values), of(lambda x: x.largest), axis, squares)
+    return Quantized(of(lambda x: x.values), of(lambda x: x.largest), **given)
 
 
 def _is_quantized(x: Any) -> bool:
@@ -260,7 +267,8 @@ def _together(state: QuantizedState) -> PyTree:
     def of(path, values, largest):
         if isinstance(largest, optax.MaskedNode):
             return values
-        return Quantized(values, largest, -1, _are_squares(path))
+        squares = _are_squares(path)
+        return Quantized(values, largest, -1, squares, nearest=not squares)
 
     return jax.tree.map_with_path(of, state.values, state.largest)
 
@@ -280,24 +288,28 @@ def _refuse_others(state: PyTree) -> None:
         )
 
 
-def _encoded(x: jax.Array, t: jax.Array, *, bits: int, axis: int, squares: bool) -> _Pair:
+def _encoded(
+    x: jax.Array, t: jax.Array, *, bits: int, axis: int, squares: bool, nearest: bool
+) -> _Pair:
     if axis == -2:
-        encoded = _encoded(x.mT, t, bits=bits, axis=-1, squares=squares)
+        encoded = _encoded(x.mT, t, bits=bits, axis=-1, squares=squares, nearest=nearest)
         return _Pair(*(y.mT for y in encoded))
     packed = _packed_axis(x.shape) if bits == 4 else None
     top, offset = _code(8 if packed is None else 4, squares)
     largest = _largest(_blocks(x))
     x = at_least_float32(x)
     unit = x / _spread(jnp.where(largest == 0, 1, largest), x.shape[-1])
+    threshold = 0.5 if nearest else _thresholds(x.shape, t)
     if squares:
         below = jnp.clip(jnp.floor(top * jnp.sqrt(jnp.sqrt(unit))), 1, top - 1)
         part = (unit * float(top) ** 4 - below**4) / ((below + 1) ** 4 - below**4)
-        v = jnp.where(x > 0, below + (part > _thresholds(x.shape, t)), 0)
+        v = jnp.where(x > 0, below + (part > threshold), 0)
     elif packed is None:
-        v = jnp.clip(jnp.round(top * unit), -offset, top)
-    else:  # to the nearest of levels that are not evenly spaced
+        v = jnp.clip(jnp.ceil(top * unit - threshold), -offset, top)
+    else:
         levels = _bent(np.arange(-offset, top + 1) / top)
-        passed = (unit > between for between in (levels[1:] + levels[:-1]) / 2)
+        gaps = zip(levels[:-1], np.diff(levels), strict=True)
+        passed = (unit > level + threshold * gap for level, gap in gaps)
         v = sum(passed, start=jnp.full(x.shape, -offset))
     v = v.astype(jnp.int32) + offset
     if packed is None:

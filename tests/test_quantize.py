@@ -46,7 +46,7 @@ def numbers(shape, squares, seed=0):
 @pytest.mark.parametrize("squares", [False, True], ids=["means", "squares"])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_numbers_become_levels_next_to_them(bits, squares):
-    encode = jax.jit(lambda x: quantized(x, bits, -1, squares))
+    encode = jax.jit(lambda x: quantized(x, bits, -1, squares, not squares))
     for shape in SIZES:
         x = numbers(shape, squares)
         held = encode(x)
@@ -75,7 +75,7 @@ def test_what_does_not_change_is_held_as_it_was(bits):
     @jax.jit
     def twice(arrays):
         each = zip(arrays, axes, all_squares, strict=True)
-        held = [quantized(x, bits, axis, squares) for x, axis, squares in each]
+        held = [quantized(x, bits, axis, squares, not squares) for x, axis, squares in each]
         return held, dequantized(held), requantized(dequantized(held), held, jnp.int32(7))
 
     cases = [
@@ -95,27 +95,28 @@ def test_zeros_and_wide_ranges(bits):
     x = np.zeros((2, 256), np.float32)
     x[0, :128] = np.geomspace(1e-30, 1e4, 128)
     for squares in (False, True):
-        got = np.asarray(dequantized(quantized(jnp.asarray(x), bits, -1, squares)))
+        got = np.asarray(dequantized(quantized(jnp.asarray(x), bits, -1, squares, not squares)))
         assert got[0, 127] == x[0, 127] and not got[0, 128:].any() and not got[1].any()
         if squares:
             least = x[0, 127] / (2**bits - 1) ** 4
             np.testing.assert_allclose(got[0, :80], least, rtol=1e-5)
     for bad in (np.nan, np.inf):
         x[1, 3] = bad  # found by a look at the largest alone
-        assert not np.isfinite(quantized(jnp.asarray(x), bits, -1, False).largest[1, 0])
+        assert not np.isfinite(quantized(jnp.asarray(x), bits, -1, False, True).largest[1, 0])
 
 
+@pytest.mark.parametrize("squares", [False, True], ids=["means", "squares"])
 @pytest.mark.parametrize("bits", [pytest.param(8, marks=pytest.mark.slow), 4])
-def test_squares_are_right_on_average(bits):
-    """They are rounded up and down so often that their mean over steps is what they are."""
-    x = numbers((4, 128), True)
-    held = quantized(jnp.asarray(x), bits, -1, True)
+def test_thresholds_are_right_on_average(bits, squares):
+    """Numbers are rounded up and down so often that their mean over steps is what they are."""
+    x = numbers((4, 128), squares)
+    held = quantized(jnp.asarray(x), bits, -1, squares, False)
     at = jax.jit(lambda t: dequantized(requantized(x, held, t)))
     mean = np.mean([at(jnp.int32(t)) for t in range(256)], axis=0, dtype=np.float64)
-    largest, grid = largest_of_blocks(x), levels(bits, True)
+    largest, grid = largest_of_blocks(x), levels(bits, squares)
     above = np.clip(np.searchsorted(grid, x / largest), 2, len(grid) - 1)
-    level = largest * (grid[above] - grid[above - 1])
-    seen = x > largest * grid[1]
+    level = np.abs(largest) * (grid[above] - grid[above - 1])
+    seen = x / largest > grid[1]
     assert seen.mean() > 0.9
     assert (np.abs(mean - x)[seen] < 0.02 * level[seen]).all()
 
