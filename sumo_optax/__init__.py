@@ -20,6 +20,8 @@ from sumo_optax._online_subspace_descent import online_subspace_descent as onlin
 from sumo_optax._online_subspace_descent import (
     scale_by_online_subspace_descent as scale_by_online_subspace_descent,
 )
+from sumo_optax._quantize import QuantizedState as QuantizedState
+from sumo_optax._quantize import quantize_state as quantize_state
 from sumo_optax._report import describe as describe
 from sumo_optax._report import state_bytes as state_bytes
 from sumo_optax._sharding import abstract_state as abstract_state

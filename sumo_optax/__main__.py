@@ -35,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--state-dtype",
-        choices=("float32", "bfloat16", "float16"),
+        choices=("float32", "bfloat16", "float16", "int8", "int4"),
         help="of low-rank states, by default float32; AdamW's and Muon's have --dtype",
     )
     command.add_argument(

@@ -76,12 +76,13 @@ def scheduled(name: str, value: Any, *, least: float | None = None, optional: bo
 def state_dtype(value: Any) -> None:
     if value is None:
         return
+    allowed = "state_dtype must be a floating-point dtype, int8, int4 or None"
     try:
-        is_float = jnp.issubdtype(jnp.dtype(value), jnp.floating)
+        dtype = jnp.dtype(value)
     except TypeError:
-        is_float = False
-    if not is_float:
-        raise ValueError(f"state_dtype must be a floating-point dtype or None, got {value!r}")
+        raise ValueError(f"{allowed}, got {value!r}") from None
+    if not (jnp.issubdtype(dtype, jnp.floating) or dtype.name in ("int8", "int4")):
+        raise ValueError(f"{allowed}, got {value!r}")
 
 
 def transformation(name: str, value: Any, *, or_else: str = "") -> None:

@@ -15,6 +15,7 @@ from sumo_optax._in_subspace import SubspaceState
 from sumo_optax._linalg import at_least_float32, svd
 from sumo_optax._mofasgd import MofasgdState
 from sumo_optax._paths import Path, PyTree, map_named, named_leaves, path_string
+from sumo_optax._quantize import dequantized, requantized
 from sumo_optax._sumo import SumoState
 from sumo_optax._view import matrix_view
 
@@ -117,7 +118,9 @@ def convert_state(
     """
     _check.transformation("tx", tx)
     _check.number("adam_b1", adam_b1, least=0, below=1)
-    fresh, sources = tx.init(params), list(_sources(state))
+    held = tx.init(params)
+    state, fresh = dequantized(state), dequantized(held)
+    sources = list(_sources(state))
     if not any(map(_is_ours, _sources(fresh))):
         raise ValueError(f"tx must hold SUMO or MoFaSGD, got one with {_names(fresh)}")
     moments = {  # of two for one leaf, ours
@@ -153,7 +156,7 @@ def convert_state(
 
     with jax.default_matmul_precision("highest"):
         converted = jax.tree.map(convert, fresh, is_leaf=_is_ours)
-    return _rest(state, converted, adams, sources[0].count)
+    return requantized(_rest(state, converted, adams, sources[0].count), held)
 
 
 def _is_ours(x: Any) -> bool:

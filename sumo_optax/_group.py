@@ -43,6 +43,8 @@ class Rule(NamedTuple):
     axes(m, n) -> a tree like the state with the names of each array's axes, as "mr" or "rn"
     side: which side of the matrix is m
     stagger: whether leaves have a phase, from 0 to 1, each; else it is 0
+    drifts: whether a basis moves by little in every step, less than few bits can tell
+    packed: how many numbers are in an element of a state array, at the most
     """
 
     init: Callable[..., tuple[PyTree, ...]]
@@ -51,6 +53,8 @@ class Rule(NamedTuple):
     axes: Callable[[int, int], tuple[PyTree, ...]]
     side: Side = "long"
     stagger: bool = False
+    drifts: bool = False
+    packed: int = 1
 
     def words(self, view: View) -> list[str]:
         return jax.tree.leaves(self.axes(view.m, view.n))

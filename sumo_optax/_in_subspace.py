@@ -208,7 +208,8 @@ def in_subspace(
         P_new, projector = choose(moves & ~begins, moved, (P, projector))
         return Update(P, scale * delta), (P_new, projector, inner_state)
 
-    return lift(Rule(init, due, step, axes, side, stagger), SubspaceState, **lifted)
+    drifts = online_pca is not None
+    return lift(Rule(init, due, step, axes, side, stagger, drifts), SubspaceState, **lifted)
 
 
 def _moved(pca: OnlinePCA, gradient, P, state, t) -> tuple[jax.Array, PyTree]:

@@ -6,7 +6,7 @@ the leaf.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +22,8 @@ Spec = tuple[Entry, ...]
 def placed(arrays: list[jax.Array], leaf: Any, view: Any, words: list[str]) -> list[jax.Array]:
     """State arrays where the leaf says, an array on a mesh or one whose type has a sharding.
 
-    A word names the axes of a state array of one matrix: m, n or any other letter.
+    A word names the axes of a state array of one matrix: m, n, M and N for blocks of these, or any
+    other letter.
     """
     sharding = _sharding(leaf)
     if sharding is None:
@@ -116,19 +117,45 @@ def _state_spec(
     """
     spec = (*spec, *[None] * (len(view.leaf_shape) - len(spec)))
     sides = {"m": spec[view.m_axes[0]], "n": spec[view.n_axes[0]]}
+    if mesh is not None:
+        sides |= {x.upper(): entry for x, entry in sides.items()}
     entries = [*(spec[a] for a in view.batch_axes), *(sides.get(x) for x in word)]
     if mesh is None or len(word) < 2:
         return PartitionSpec(*entries)
-    taken = [e if isinstance(e, tuple) else () if e is None else (e,) for e in entries]
     batch, last = len(view.batch_axes), len(entries)
     order = sorted(range(last), key=lambda k: 1 if k < batch else 2 * (word[k - batch] in sides))
+    return _fitted(entries, spec, shape, mesh, order)
+
+
+def as_fits(fn: Callable[..., PyTree], *arrays: Any) -> PyTree:
+    """`fn` on a mesh with any kind of axes. What it gives lies like the first array.
+
+    Mesh axes that do not divide the axis they were on go to the first that they divide.
+    """
+    sharding = jax.typeof(arrays[0]).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return fn(*arrays)
+    shapes = jax.eval_shape(fn, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays))
+    spec = tuple(sharding.spec)
+    lies = lambda x: _fitted(spec, spec, x.shape, sharding.mesh, range(len(x.shape)))
+    return jax.sharding.auto_axes(fn, out_sharding=jax.tree.map(lies, shapes))(*arrays)
+
+
+def _fitted(
+    entries: Sequence[Entry], spec: Spec, shape: Any, mesh: Any, order: Iterable[int]
+) -> PartitionSpec:
+    """The entries that divide their axes; the rest of `spec` where it can be, in `order`."""
+    parts = lambda axes: math.prod(mesh.shape[a] for a in axes)
+    taken = [e if isinstance(e, tuple) else () if e is None else (e,) for e in entries]
+    taken = [
+        axes if size % parts(axes) == 0 else () for axes, size in zip(taken, shape, strict=True)
+    ]
     own = [axis for e in spec if e for axis in ((e,) if isinstance(e, str) else e)]
     for axis in own:
         if any(axis in axes for axes in taken):
             continue
         for k in order:
-            parts = math.prod(mesh.shape[a] for a in (*taken[k], axis))
-            if shape[k] % parts == 0:
+            if shape[k] % parts((*taken[k], axis)) == 0:
                 taken[k] = (*taken[k], axis)
                 break
     unwrapped = [axes[0] if len(axes) == 1 else axes or None for axes in taken]

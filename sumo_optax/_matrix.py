@@ -22,6 +22,7 @@ from sumo_optax._group import (
 )
 from sumo_optax._linalg import wide
 from sumo_optax._paths import Path, PyTree, named_leaves, path_string, whole_of
+from sumo_optax._quantize import bits_of, in_few_bits
 from sumo_optax._view import View, matrix_views
 
 MATRIX, FALLBACK = "matrix", "fallback"
@@ -46,6 +47,9 @@ def lift(
     _check.state_dtype(state_dtype)
     if fallback is not None:
         _check.transformation("fallback", fallback, or_else="None")
+    bits = bits_of(state_dtype)
+    if bits is not None:
+        rule, state_dtype = in_few_bits(rule, bits), None
     fallback = optax.with_extra_args_support(
         optax.scale_by_adam() if fallback is None else fallback
     )
@@ -81,7 +85,8 @@ def lift(
 
     def update(updates, state, params=None, **extra_args):
         _fit.check_state_type(state, state_type)
-        _fit.check_gradients(updates, state[1], params)
+        trees = _fit.trees_of(rule, state)
+        _fit.check_gradients(updates, trees[0], params)
         leaves, treedef = jax.tree.flatten(updates, is_leaf=is_projected)
         shapes = treedef.unflatten(
             [jax.ShapeDtypeStruct(x.shape, x.dtype) if is_projected(x) else x for x in leaves]
@@ -90,7 +95,6 @@ def lift(
         views = matrix_views(shapes, weight_dimension_numbers, rule.side)
         for path, G, view in zip(paths, leaves, views, strict=True):
             _check_projected(path, G, view, params)
-        trees = _fit.trees_of(rule, state)
         _fit.check_matrices(rule, paths, views, trees)
         without_matrices = lambda tree: _without_matrices(
             treedef, treedef.flatten_up_to(tree), views
@@ -119,7 +123,8 @@ def lift(
             if not is_projected(leaves[i]):
                 leaves[i] = leaves[i].astype(_at_least_bfloat16(leaves[i].dtype))
         members = [(paths[i], leaves[i], views[i]) for i in matrices]
-        sizes = [max(x.size for x in arrays) for arrays in zip(*columns, strict=True)]
+        largest = lambda arrays: rule.packed * max(x.size for x in arrays)
+        sizes = [largest(arrays) for arrays in zip(*columns, strict=True)]
         phases = _phases(weight_dimension_numbers, shapes) if rule.stagger else {}
         for group in groups_of(rule, members, sizes, phases):
             views_of_group, leaves_of_group = of(views, group), of(leaves, group)

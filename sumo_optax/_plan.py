@@ -142,15 +142,17 @@ def plan(
         )
     held = bytes_on_a_device(params)
     rows = []
+    in_floats = optimizers(rank)
+    state_of = lambda tx: (
+        jax.eval_shape(tx.init, params) if placed is None else abstract_state(tx, params, placed)
+    )
     for optimizer, tx in optimizers(rank, state_dtype).items():
-        state = (
-            jax.eval_shape(tx.init, params)
-            if placed is None
-            else abstract_state(tx, params, placed)
-        )
+        state = state_of(tx)
+        # As many arrays, and as large ones, as a step works with.
+        floats = state if state_dtype is None else state_of(in_floats[optimizer])
         projected = None
         if optimizer in PROJECTED:
-            like_them = [optax.tree.get_all_with_path(state, x) for x in PROJECTED[optimizer]]
+            like_them = [optax.tree.get_all_with_path(floats, x) for x in PROJECTED[optimizer]]
             arrays = [x for found in like_them for _, tree in found for x in jax.tree.leaves(tree)]
             # They have the parameters' dtype, whatever the state's is.
             projected = bytes_on_a_device([x.update(dtype=jnp.dtype(dtype)) for x in arrays])
@@ -158,7 +160,7 @@ def plan(
         fused = None
         if placed is None:
             # Adam's update is made number by number, and needs no arrays.
-            needed = 0 if optimizer == "AdamW" else bytes_of_an_update(model, state)
+            needed = 0 if optimizer == "AdamW" else bytes_of_an_update(model, floats)
             fused = held + kept + bytes_of_a_fused_step(model, params, tokens, needed)
         rows.append(Row(optimizer, held, held, projected, kept, fused))
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(params))

@@ -15,6 +15,7 @@ from sumo_optax._conventions import Reading, readings
 from sumo_optax._in_subspace import SubspaceState
 from sumo_optax._mofasgd import MofasgdState
 from sumo_optax._paths import Path, PyTree, named_leaves, path_string
+from sumo_optax._quantize import dequantized
 from sumo_optax._sumo import SumoState, sumo
 
 _TOLD = "weight_dimension_numbers says so"
@@ -117,7 +118,7 @@ def describe(tx_or_rank: optax.GradientTransformation | int, params: PyTree) -> 
         state = jax.eval_shape(tx.init, params)
     leaves, found = named_leaves(params), readings(params)
     held, shared = _held_bytes(state, leaves)
-    bases = _bases(state)
+    bases = _bases(jax.eval_shape(low_rank_states, state))
     if bases is not None and leaves and not bases:
         seen = ", ".join(f"{path_string(p)} {jnp.shape(x)}" for p, x in leaves.items())
         raise ValueError(
@@ -166,14 +167,13 @@ def _held_bytes(state: PyTree, leaves: dict[Path, Any]) -> tuple[Counter[Path], 
 
 
 def low_rank_states(state: PyTree) -> list[Any]:
-    """The states of this library's optimizers in a state of any transformation."""
+    """The states of this library's optimizers in one of any transformation, in floating point."""
     is_ours = lambda x: isinstance(x, _LOW_RANK_STATES)
-    return [x for x in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(x)]
+    return [x for x in jax.tree.leaves(dequantized(state), is_leaf=is_ours) if is_ours(x)]
 
 
-def _bases(state: PyTree) -> dict[Path, tuple[int, ...]] | None:
-    """Shapes of all bases in a state, or None where no optimizer of ours is in it."""
-    ours = low_rank_states(state)
+def _bases(ours: list[Any]) -> dict[Path, tuple[int, ...]] | None:
+    """Shapes of all bases in such states, or None where no optimizer of ours is among them."""
     if not ours:
         return None
     return {path: q.shape for x in ours for path, q in named_leaves(x.basis).items()}

@@ -36,7 +36,9 @@ class SumoState(NamedTuple):
     """State of `scale_by_sumo`.
 
     Basis, moment and norm are trees like the parameters, with a `MaskedNode` for every leaf that is
-    no matrix. They are float32 (float64 for float64 parameters) unless `state_dtype` is given.
+    no matrix. They are float32 (float64 for float64 parameters) unless `state_dtype` is given. With
+    ``"int8"`` and ``"int4"`` basis and moment are nodes of two such trees, ``values`` and
+    ``largest``.
     """
 
     count: jax.Array  # shape (), int32
@@ -119,7 +121,9 @@ def scale_by_sumo(
         them) a zero update and leaves basis and moment as they were; the fallback sees zeros then.
         The state counts them in ``skipped``.
       state_dtype: dtype of basis, moment and norm; by default the parameter's, but at least
-        float32. Arithmetic is in float32 or better whatever it is.
+        float32. ``"int8"`` and ``"int4"`` hold basis and moment in 8 or 4 bits, with the largest
+        number of every 128 in the default dtype, as :func:`quantize_state` does; the norm stays.
+        Arithmetic is in float32 or better whatever it is.
       seed: of all randomness, which depends on it, the leaf's path and the step alone.
 
     Returns:

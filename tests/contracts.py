@@ -29,6 +29,12 @@ TABLE = {
             **kw,
         ),
     ),
+    "sumo_int8": (
+        lambda learning_rate=1e-2, rank=3, **kw: sumo_optax.sumo(
+            learning_rate, rank, state_dtype="int8", **kw
+        ),
+        lambda rank=3, **kw: sumo_optax.scale_by_sumo(rank, state_dtype="int8", **kw),
+    ),
     "online_subspace_descent": (
         lambda learning_rate=1e-2, rank=3, momentum=0.9, **kw: sumo_optax.online_subspace_descent(
             learning_rate, rank, inner=optax.scale_by_adam(momentum), **kw
@@ -55,15 +61,16 @@ TABLE = {
 
 
 # Rows of other arguments: as slow tests, their files having tests of their own besides.
-VARIANTS = ("sumo_periodic", "galore")
+VARIANTS = ("sumo_periodic", "sumo_int8", "galore")
 
 
-def every(column, slow=VARIANTS):
+def every(column, slow=VARIANTS, without=()):
     """The same arguments give the same object, so that tests share its compilations."""
     marks = lambda name: [pytest.mark.slow] if name in slow else []
     rows = [
         pytest.param(functools.cache(row[column]), id=name, marks=marks(name))
         for name, row in TABLE.items()
+        if name not in without
     ]
     return pytest.mark.parametrize("make", rows)
 
@@ -72,6 +79,11 @@ every_optimizer, every_transformation = every(0), every(1)
 # For tests that compile for long: in the quick suite one row stands for all.
 ALL_BUT_ONE = [name for name in TABLE if name != "sumo"]
 every_optimizer_slowly, every_transformation_slowly = every(0, ALL_BUT_ONE), every(1, ALL_BUT_ONE)
+# For tests of what arrays of the state are; those in few bits have tests of their own.
+IN_FEW_BITS = ("sumo_int8",)
+every_optimizer_in_floats = every(0, without=IN_FEW_BITS)
+every_optimizer_in_floats_slowly = every(0, ALL_BUT_ONE, IN_FEW_BITS)
+every_transformation_in_floats = every(1, without=IN_FEW_BITS)
 
 
 def like(tree, seed, scale=1.0):

@@ -9,6 +9,7 @@ from contracts import assert_equal, every_optimizer, every_transformation, like
 from hypothesis import given, settings, strategies
 
 import sumo_optax
+from sumo_optax._quantize import Quantized, dequantized
 
 SHAPE = (12, 6)
 rng = np.random.default_rng(0)
@@ -45,9 +46,10 @@ def test_strange_gradients_give_finite_updates_and_states(make):
             assert np.abs(updates[name]["kernel"]).max() > 0
     if isinstance(state, sumo_optax.SubspaceState) and jax.tree.leaves(state.projector):
         return  # online PCA keeps its basis near orthonormal only where the gradient has rank r
-    for Q in jax.tree.leaves(state.basis):
+    atol = 0.02 if isinstance(state.basis, Quantized) else 1e-4
+    for Q in jax.tree.leaves(dequantized(state).basis):
         gram = np.swapaxes(Q, -1, -2) @ Q
-        np.testing.assert_allclose(gram, np.broadcast_to(np.eye(3), gram.shape), atol=1e-4)
+        np.testing.assert_allclose(gram, np.broadcast_to(np.eye(3), gram.shape), atol=atol)
 
 
 PARAMS = {

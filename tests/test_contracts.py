@@ -19,6 +19,8 @@ from contracts import (
     assert_close,
     assert_equal,
     every_optimizer,
+    every_optimizer_in_floats,
+    every_optimizer_in_floats_slowly,
     every_optimizer_slowly,
     every_transformation,
     every_transformation_slowly,
@@ -32,6 +34,7 @@ from hypothesis import strategies
 from optax.contrib import MuonDimensionNumbers as Axes
 
 from sumo_optax import _group
+from sumo_optax._quantize import dequantized
 
 # Trees
 
@@ -115,7 +118,7 @@ def test_shapes_and_ranks(make, rank):
             update = updates[name]["kernel"]
             assert update.shape == shape and np.isfinite(update).all()
             assert name == "none" or np.abs(update).max() > 0
-    basis = {k: x["kernel"].shape for k, x in state.basis.items()}
+    basis = {k: x["kernel"].shape for k, x in dequantized(state).basis.items()}
     r = min(rank, 6)
     assert basis["tall"] == basis["wide"] and basis["none"] == (0, *basis["tall"])
     assert (basis["tall"], basis["row"]) in [((12, r), (7, 1)), ((6, r), (1, 1))]
@@ -221,7 +224,7 @@ def test_update_has_the_gradients_dtype_and_state_at_least_float32(make, dtype):
         updates, state = jax.jit(tx.update)(like(params, t), state, params)
     assert {u.dtype for u in jax.tree.leaves(updates)} == {jnp.dtype(dtype)}
     assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == structure
-    assert state[0].basis["dense"]["kernel"].dtype == jnp.float32
+    assert dequantized(state)[0].basis["dense"]["kernel"].dtype == jnp.float32
 
 
 @every_optimizer
@@ -234,7 +237,7 @@ def test_bfloat16_gradients_train_like_float32_ones(make):
     assert_close(half["dense"], full["dense"], rtol=2**-7)  # bfloat16 has 8 bits
 
 
-@every_optimizer_slowly
+@every_optimizer_in_floats_slowly
 def test_float64(make):
     with jax.enable_x64(True):
         params = jax.tree.map(lambda x: x.astype(jnp.float64), small_params())
@@ -486,7 +489,7 @@ def test_schedule_free_and_lookahead(make):
     assert_close(pair.fast, pair.slow)
 
 
-@every_optimizer
+@every_optimizer_in_floats
 def test_tree_map_params(make):
     params = small_params()
     tx = make()

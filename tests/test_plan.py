@@ -246,7 +246,7 @@ def test_table_and_json_say_the_same(capsys):
         (["plan", "--preset", "8b"], "invalid choice: '8b'"),
         (["plan", "--preset", "7b", "--rank", "0"], "rank must be an integer of at least 1, got 0"),
         (["plan", "--preset", "7b", "--tokens", "0"], "tokens must be an integer of at least 1"),
-        (["plan", "--preset", "7b", "--state-dtype", "int8"], "invalid choice: 'int8'"),
+        (["plan", "--preset", "7b", "--state-dtype", "int3"], "invalid choice: 'int3'"),
         (["plan", "--preset", "7b", "--mesh", "fsdp=0"], "got 'fsdp=0'"),
         (["plan", "--preset", "7b", "--mesh", "fsdp=2,fsdp=4"], "got 'fsdp=2,fsdp=4'"),
         (["plan", "--config", "{tmp}/none.json"], "No such file"),

@@ -1,0 +1,394 @@
+"""State in 8 or 4 bits: whole numbers v, and the largest number of every block of 128.
+
+With u = v / top a number is `largest` u in 8 bits; in 4 bits `largest` (a u + (1 - a) u³), whose 16
+levels are closer together near 0. Squares are never negative and are divided by: they are `largest`
+u⁴, and v = 0 is an exact zero alone, so that what is not 0 does not become 0. The largest number of
+a block is kept as it is, and what was dequantised and not changed is held again bit for bit.
+
+Four bits are packed: two neighbours share a byte, along the blocks or, where that length is odd,
+along the axis beside it. Matrices odd both ways take 8 bits.
+"""
+
+import dataclasses
+import functools
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from sumo_optax import _check
+from sumo_optax._group import Rule
+from sumo_optax._layout import as_fits
+from sumo_optax._linalg import at_least_float32
+from sumo_optax._paths import PyTree
+
+_BLOCK = 128
+_LEAST_SIZE = 1024  # smaller arrays are not worth it
+# a above: with it the squared error of Gaussian numbers is 0.6 of that with 15 even levels.
+_SLOPE = 0.67
+
+# Parts of 2^32 whose multiples spread evenly, for steps and for places.
+_GOLDEN = (np.uint32(2654435769), np.uint32(2246822519), np.uint32(3266489917))
+
+# Names that optax gives to means of gradients, and to means or sums of squares.
+_MEANS = {"mu", "trace", "m", "m1", "m2"}
+_SQUARES = {
+    "nu",
+    "nu_max",
+    "v",
+    "v_row",
+    "v_col",
+    "n",
+    "e_g",
+    "e_x",
+    "exp_avg_sq",
+    "sum_of_squares",
+}
+# Those of these mean something else.
+_OTHERS = (optax.ScaleByAdanState, optax.ScaleBySM3State)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["values", "largest"],
+    meta_fields=["axis", "squares", "nearest"],
+)
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """A tree of arrays in few bits."""
+
+    values: PyTree  # int8 one to a number, uint8 one to two numbers
+    largest: PyTree  # of each block, in the arrays' own dtype
+    axis: int  # along which blocks lie, -1 or -2
+    squares: bool
+    nearest: bool  # or by thresholds, what moves by less than a level in a step
+
+
+class QuantizedState(NamedTuple):
+    """State of `quantize_state`.
+
+    `values` and `largest` are trees like the inner state. An array that is held in few bits is in
+    both; any other is in `values` as it is, with a `MaskedNode` in `largest`.
+    """
+
+    count: jax.typing.ArrayLike  # shape (), int32
+    values: PyTree  # whole numbers: shape (..., n), int8; or shape (..., n / 2), uint8
+    largest: PyTree  # of each block, shape (..., blocks), in the inner array's dtype
+
+
+def quantize_state(
+    tx: optax.GradientTransformation, bits: Literal[4, 8]
+) -> optax.GradientTransformationExtraArgs:
+    r"""Holds the state of any optax transformation in 8 or 4 bits.
+
+    With :math:`a` the number of the largest magnitude among 128, a block along an array's last
+    axis, a number x is held as a whole number v,
+
+    .. math::
+      x = a u \quad (u = v / 128), \qquad
+      x = a \, (0.67 \, u + 0.33 \, u^3) \quad (u = v / 8), \qquad
+      x = a \, u^4 \quad (u = v / 255 \text{ or } v / 15)
+
+    with 8 bits, with 4 bits, and for means and sums of squares, which go by optax's names for them:
+    ``nu``, ``v``, ``sum_of_squares`` and the like. Of these only an exact zero becomes 0, so that a
+    step which is divided by their root stays bounded. All else is rounded to nearest. Squares move
+    by less than a level in a step: they are rounded up or down by a threshold that goes evenly
+    through [0, 1] from step to step, and are right on average.
+
+    That is 8.25 or 4.25 bits a number for a float32 state. Floating-point arrays of at least 1,024
+    numbers and two axes are held so; counters, vectors and small arrays stay.
+
+    Do not put it around what holds parameters (``schedule_free``, ``lookahead``) or sums up
+    gradients (``MultiSteps``), but inside of it. The optimizers of this library do better with
+    their own ``state_dtype="int8"`` or ``"int4"``, which dequantises one group of matrices at a
+    time.
+
+    Args:
+      tx: the transformation: ``adamw``, ``muon``, ``lion``, a ``chain`` or ``partition`` of them.
+      bits: 8 or 4.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs`` with state :class:`QuantizedState`.
+
+    Raises:
+      ValueError: `bits` is neither 8 nor 4.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, sumo_optax
+      >>> params = {"w": jnp.ones((1024, 1024))}
+      >>> tx = sumo_optax.quantize_state(optax.adamw(1e-3), bits=4)
+      >>> sumo_optax.state_bytes(tx, params) / sumo_optax.state_bytes(optax.adamw(1e-3), params)
+      0.1328...
+      >>> updates, state = tx.update(params, tx.init(params), params)
+
+    References:
+      Blocks: Dettmers et al., *8-bit Optimizers via Block-wise Quantization*, `arXiv 2110.02861
+      <https://arxiv.org/abs/2110.02861>`_. A second moment without a zero: Li et al., *Memory
+      Efficient Optimizers with 4-bit States*, `arXiv 2309.01507
+      <https://arxiv.org/abs/2309.01507>`_.
+    """
+    _check.choice("bits", bits, (8, 4))
+    tx = optax.with_extra_args_support(tx)
+
+    def init(params):
+        inner = tx.init(params)
+        _refuse_others(inner)
+
+        def held(path, x):
+            large = jnp.ndim(x) > 1 and x.size >= _LEAST_SIZE
+            if large and jnp.issubdtype(x.dtype, jnp.floating):
+                squares = _are_squares(path)
+                return quantized(x, bits, -1, squares, nearest=not squares)
+            return x
+
+        return QuantizedState(
+            jnp.zeros([], jnp.int32), *_apart(jax.tree.map_with_path(held, inner))
+        )
+
+    def update(updates, state, params=None, **extra_args):
+        held = _together(state)
+        outputs, inner = tx.update(updates, dequantized(held), params, **extra_args)
+        inner = requantized(inner, held, state.count)
+        return outputs, QuantizedState(optax.safe_increment(state.count), *_apart(inner))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def in_few_bits(rule: Rule, bits: int) -> Rule:
+    """The rule with arrays of two axes in few bits; norms, singular values and counters stay."""
+
+    def axes(m, n):
+        """Of a quantised array twice: capitals are blocks of a side."""
+
+        def of(path, word, of_leaf):
+            if len(word) < 2:
+                return of_leaf
+            axis = min(word.find(side) for side in "mn" if side in word) - 2
+            blocks = "".join(x.upper() if x in "mn" else x for x in of_leaf)
+            squares = _are_squares(path)
+            return Quantized(of_leaf, blocks, axis, squares, not (squares or rule.drifts))
+
+        return jax.tree.map_with_path(of, rule.axes(1, 1), rule.axes(m, n))
+
+    like = axes(1, 1)
+
+    def init(m, n, dtype, key):
+        def of(q, x):
+            return quantized(x, bits, q.axis, q.squares, q.nearest) if _is_quantized(q) else x
+
+        return jax.tree.map(of, like, rule.init(m, n, dtype, key), is_leaf=_is_quantized)
+
+    def step(G, state, t, due, keys):
+        D, new = rule.step(G, dequantized(state), t, due, keys)
+        return D, requantized(new, state, t)
+
+    due = lambda t, state, phase: rule.due(t, dequantized(state), phase)
+    return rule._replace(init=init, due=due, step=step, axes=axes, packed=8 // bits)
+
+
+def bits_of(dtype: Any) -> int | None:
+    """8 and 4 for the whole numbers of so many bits, None for any other dtype."""
+    return None if dtype is None else {"int8": 8, "int4": 4}.get(jnp.dtype(dtype).name)
+
+
+def dequantized(tree: PyTree) -> PyTree:
+    """The tree with floating-point arrays for those in few bits."""
+
+    def floats(x):
+        if isinstance(x, QuantizedState):
+            return dequantized(_together(x))
+        if not _is_quantized(x):
+            return x
+        decode = functools.partial(_decoded, axis=x.axis, squares=x.squares)
+        return jax.tree.map(functools.partial(as_fits, decode), x.values, x.largest)
+
+    return jax.tree.map(floats, tree, is_leaf=_is_held)
+
+
+def quantized(tree: PyTree, bits: int, axis: int, squares: bool, nearest: bool) -> Quantized:
+    given = {"axis": axis, "squares": squares, "nearest": nearest}
+    encode = functools.partial(_encoded, bits=bits, **given)
+    pairs = jax.tree.map(lambda x: as_fits(encode, x, jnp.zeros([], jnp.int32)), tree)
+    return _of_pairs(pairs, **given)
+
+
+def requantized(tree: PyTree, like: PyTree, t: jax.Array | None = None) -> PyTree:
+    """The opposite, with those arrays in few bits that are so in `like`; after the step t."""
+    if t is None:
+        t = jnp.zeros([], jnp.int32)
+
+    def of(like, tree):
+        if isinstance(like, QuantizedState):
+            return QuantizedState(like.count, *_apart(requantized(tree, _together(like), t)))
+        if not _is_quantized(like):
+            return tree
+
+        given = {"axis": like.axis, "squares": like.squares, "nearest": like.nearest}
+
+        def encode(old, x):
+            bits = 4 if old.dtype == jnp.uint8 else 8
+            return as_fits(functools.partial(_encoded, bits=bits, **given), x, t)
+
+        return _of_pairs(jax.tree.map(encode, like.values, tree), **given)
+
+    return jax.tree.map(of, like, tree, is_leaf=_is_held)
+
+
+class _Pair(NamedTuple):
+    values: jax.Array
+    largest: jax.Array
+
+
+def _of_pairs(pairs: PyTree, **given: Any) -> Quantized:
+    of = lambda f: jax.tree.map(f, pairs, is_leaf=lambda x: isinstance(x, _Pair))
+    return Quantized(of(lambda x: x.values), of(lambda x: x.largest), **given)
+
+
+def _is_quantized(x: Any) -> bool:
+    return isinstance(x, Quantized)
+
+
+def _is_held(x: Any) -> bool:
+    return isinstance(x, (Quantized, QuantizedState))
+
+
+def _apart(inner: PyTree) -> tuple[PyTree, PyTree]:
+    """Two trees like the inner state, whose paths end in those of the parameters."""
+    of = lambda f: jax.tree.map(f, inner, is_leaf=_is_quantized)
+    return (
+        of(lambda x: x.values if _is_quantized(x) else x),
+        of(lambda x: x.largest if _is_quantized(x) else optax.MaskedNode()),
+    )
+
+
+def _together(state: QuantizedState) -> PyTree:
+    def of(path, values, largest):
+        if isinstance(largest, optax.MaskedNode):
+            return values
+        squares = _are_squares(path)
+        return Quantized(values, largest, -1, squares, nearest=not squares)
+
+    return jax.tree.map_with_path(of, state.values, state.largest)
+
+
+def _are_squares(path: tuple[Any, ...]) -> bool:
+    """By the field of the state: the first such name, before those of the parameters."""
+    names = (x.name for x in path if isinstance(x, jax.tree_util.GetAttrKey))
+    return next((x for x in names if x in _MEANS | _SQUARES), None) in _SQUARES
+
+
+def _refuse_others(state: PyTree) -> None:
+    is_other = lambda x: isinstance(x, _OTHERS)
+    for x in filter(is_other, jax.tree.leaves(state, is_leaf=is_other)):
+        raise ValueError(
+            f"quantize_state goes by optax's names for means and squares, got {type(x).__name__},"
+            " which has others"
+        )
+
+
+def _encoded(
+    x: jax.Array, t: jax.Array, *, bits: int, axis: int, squares: bool, nearest: bool
+) -> _Pair:
+    if axis == -2:
+        encoded = _encoded(x.mT, t, bits=bits, axis=-1, squares=squares, nearest=nearest)
+        return _Pair(*(y.mT for y in encoded))
+    packed = _packed_axis(x.shape) if bits == 4 else None
+    top, offset = _code(8 if packed is None else 4, squares)
+    largest = _largest(_blocks(x))
+    x = at_least_float32(x)
+    unit = x / _spread(jnp.where(largest == 0, 1, largest), x.shape[-1])
+    threshold = 0.5 if nearest else _thresholds(x.shape, t)
+    if squares:
+        below = jnp.clip(jnp.floor(top * jnp.sqrt(jnp.sqrt(unit))), 1, top - 1)
+        part = (unit * float(top) ** 4 - below**4) / ((below + 1) ** 4 - below**4)
+        v = jnp.where(x > 0, below + (part > threshold), 0)
+    elif packed is None:
+        v = jnp.clip(jnp.ceil(top * unit - threshold), -offset, top)
+    else:
+        levels = _bent(np.arange(-offset, top + 1) / top)
+        gaps = zip(levels[:-1], np.diff(levels), strict=True)
+        passed = (unit > level + threshold * gap for level, gap in gaps)
+        v = sum(passed, start=jnp.full(x.shape, -offset))
+    v = v.astype(jnp.int32) + offset
+    if packed is None:
+        return _Pair((v - 128).astype(jnp.int8), largest)
+    return _Pair(_packed(v.astype(jnp.uint8), packed), largest)
+
+
+def _decoded(values: jax.Array, largest: jax.Array, *, axis: int, squares: bool) -> jax.Array:
+    if axis == -2:
+        return _decoded(values.mT, largest.mT, axis=-1, squares=squares).mT
+    if values.dtype == jnp.uint8:
+        beside = values.ndim > 1 and values.shape[-2] != largest.shape[-2]
+        v, (top, offset) = _unpacked(values, -2 if beside else -1), _code(4, squares)
+    else:
+        v, (top, offset) = values.astype(jnp.int32) + 128, _code(8, squares)
+    unit = (v.astype(jnp.int32) - offset).astype(at_least_float32(largest).dtype) / top
+    if squares:
+        unit = unit**4
+    elif values.dtype == jnp.uint8:
+        unit = _bent(unit)
+    return (_spread(at_least_float32(largest), v.shape[-1]) * unit).astype(largest.dtype)
+
+
+def _code(bits: int, squares: bool) -> tuple[int, int]:
+    """The largest v, and what makes the least one 0."""
+    return (2**bits - 1, 0) if squares else (2 ** (bits - 1), 2 ** (bits - 1) - 1)
+
+
+def _bent(unit: Any) -> Any:
+    """Levels closer together near 0, where most numbers are. 1 stays 1."""
+    return _SLOPE * unit + (1 - _SLOPE) * unit**3
+
+
+def _largest(blocks: jax.Array) -> jax.Array:
+    """Of each block the number of the largest magnitude, with its sign."""
+    most, least = jnp.max(blocks, axis=-1), jnp.min(blocks, axis=-1)
+    return jnp.where(most >= -least, most, least)
+
+
+def _thresholds(shape: tuple[int, ...], t: jax.Array) -> jax.Array:
+    """Numbers inside (0, 1), spread evenly over the steps t in each place.
+
+    The ends are left out, so that a number on a level stays there if rounding moved it a little.
+    """
+    last = shape[-2:]
+    places = [jax.lax.broadcasted_iota(jnp.uint32, last, k) for k in range(len(last))]
+    turns = _GOLDEN[0] * t.astype(jnp.uint32)
+    turns += sum(step * place for step, place in zip(_GOLDEN[1:], places, strict=False))
+    return jnp.clip((turns >> 8).astype(jnp.float32) * 2.0**-24, 2**-8, 1 - 2**-8)
+
+
+def _blocks(x: jax.Array) -> jax.Array:
+    """(..., n) as (..., blocks, up to 128), with zeros for what is missing of the last."""
+    n = x.shape[-1]
+    size = min(_BLOCK, max(n, 1))
+    count = -(-n // size)
+    padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, count * size - n)])
+    return padded.reshape(*x.shape[:-1], count, size)
+
+
+def _spread(largest: jax.Array, n: int) -> jax.Array:
+    """Of each of n numbers that of its block."""
+    return jnp.repeat(largest, _BLOCK, axis=-1, total_repeat_length=_BLOCK * largest.shape[-1])[
+        ..., :n
+    ]
+
+
+def _packed_axis(shape: tuple[int, ...]) -> int | None:
+    return next((axis for axis in (-1, -2)[: len(shape)] if shape[axis] % 2 == 0), None)
+
+
+def _packed(v: jax.Array, axis: int) -> jax.Array:
+    axis += v.ndim
+    pairs = v.reshape(*v.shape[:axis], v.shape[axis] // 2, 2, *v.shape[axis + 1 :])
+    low, high = (jax.lax.index_in_dim(pairs, i, axis + 1, keepdims=False) for i in range(2))
+    return low | high << 4
+
+
+def _unpacked(values: jax.Array, axis: int) -> jax.Array:
+    axis += values.ndim
+    pairs = jnp.stack([values & 15, values >> 4], axis=axis + 1)
+    return pairs.reshape(*values.shape[:axis], -1, *values.shape[axis + 1 :])
