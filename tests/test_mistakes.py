@@ -139,9 +139,9 @@ def test_arguments_in_the_wrong_place(call, error):
         call()
 
 
-@pytest.mark.parametrize("dtype", ["int8", jnp.int32, jnp.complex64, "bytes", bool])
-def test_state_dtype_is_a_floating_point_one(dtype):
-    with pytest.raises(ValueError, match="state_dtype must be a floating-point dtype or None, got"):
+@pytest.mark.parametrize("dtype", ["int16", jnp.int32, jnp.complex64, "bytes", bool])
+def test_state_dtype_is_a_floating_point_one_or_of_few_bits(dtype):
+    with pytest.raises(ValueError, match="state_dtype must be a floating-point dtype, int8, int4"):
         sumo_optax.sumo(1e-3, state_dtype=dtype)
 
 
