@@ -10,6 +10,7 @@ import pytest
 from contracts import every_transformation
 
 import sumo_optax
+from sumo_optax._quantize import Quantized, dequantized
 
 pytestmark = pytest.mark.slow
 
@@ -23,6 +24,8 @@ LARGEST = jnp.iinfo(jnp.int32).max
 ROUNDING = 1e-5
 # Online PCA never makes its basis orthonormal again: its loss alone holds it there.
 HELD_BY_ITS_LOSS = 0.3
+# Numbers of at most 1 are held to 1/256, and sums have a few of them.
+IN_8_BITS = 0.03
 # Bytes; the allocator's unrest is a tenth of it, one small array kept per call would be four times.
 GROWTH = 2**20
 
@@ -58,7 +61,7 @@ def test_twenty_thousand_steps(make):
     assert resident_bytes() - resident < GROWTH
     assert some_steps._cache_size() == 1
 
-    ours = state[0]
+    ours, in_few_bits = dequantized(state[0]), isinstance(state[0].basis, Quantized)
     assert ours.count == STEPS and ours.skipped == 0
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((params, state)))
     distance = lambda params: optax.tree.norm(optax.tree.sub(params, target))
@@ -66,7 +69,7 @@ def test_twenty_thousand_steps(make):
     online = isinstance(ours, sumo_optax.SubspaceState) and jax.tree.leaves(ours.projector)
     for Q in map(np.float64, jax.tree.leaves((ours.basis, getattr(ours, "row_basis", ())))):
         error = np.abs(np.swapaxes(Q, -1, -2) @ Q - np.eye(Q.shape[-1])).max()
-        assert error < (HELD_BY_ITS_LOSS if online else ROUNDING)
+        assert error < (HELD_BY_ITS_LOSS if online else IN_8_BITS if in_few_bits else ROUNDING)
 
 
 @every_transformation

@@ -7,7 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from contracts import assert_equal, every_transformation, like, small_params
+from contracts import (
+    assert_equal,
+    every_transformation_in_floats,
+    like,
+    small_params,
+)
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -48,7 +53,7 @@ def moment(state, path):
 
 
 @pytest.mark.slow
-@every_transformation
+@every_transformation_in_floats
 def test_agrees_with_the_definitions(make):
     params, plain = small_params(), make()
     tx = sumo_optax.with_subspace_metrics(plain)

@@ -126,12 +126,14 @@ def experts():
         "down": {"kernel": normal(1, *stack, HIDDEN, WIDTH)},
     }
     router = {"kernel": normal(2, LAYERS, WIDTH, 2)}
-    params = tables() | {"layers": {"experts": expert, "router": router}}
+    norm = {"scale": 1 + normal(3, LAYERS, WIDTH)}  # tells that layers are stacked
+    params = tables() | {"layers": {"experts": expert, "norm": norm, "router": router}}
 
     def one(h, w):
         up, down = w["experts"]["up"]["kernel"], w["experts"]["down"]["kernel"]
         gates = jax.nn.softmax(h @ w["router"]["kernel"])
-        each = jnp.einsum("bled,edf->blef", h[..., None, :] * gates[..., None], up)
+        x = h * w["norm"]["scale"]
+        each = jnp.einsum("bled,edf->blef", x[..., None, :] * gates[..., None], up)
         return h + jnp.einsum("blef,efd->bld", jnp.tanh(each), down)
 
     return params, functools.partial(through, one=one)
