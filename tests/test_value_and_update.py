@@ -131,7 +131,8 @@ def experts():
 
     def one(h, w):
         up, down = w["experts"]["up"]["kernel"], w["experts"]["down"]["kernel"]
-        gates = jax.nn.softmax(h @ w["router"]["kernel"])
+        # A softmax's gradients have a direction of rounding alone, which a polar factor enlarges.
+        gates = jax.nn.sigmoid(h @ w["router"]["kernel"])
         x = h * w["norm"]["scale"]
         each = jnp.einsum("bled,edf->blef", x[..., None, :] * gates[..., None], up)
         return h + jnp.einsum("blef,efd->bld", jnp.tanh(each), down)
