@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from sumo_optax._linalg import at_least_float32, largest_entry, svd, wide, written_out
 from sumo_optax._mesh import divided, whole
+from sumo_optax._paths import PyTree
 
 Batch = tuple[int, ...]
 
@@ -87,9 +88,10 @@ class Gradients:
 @dataclasses.dataclass(frozen=True)
 class WholeGradients(Gradients):
     @classmethod
-    def of(cls, stored: Sequence[jax.Array], *, transposed: bool = False, precision: Any = None):
+    def of(cls, stored: Sequence[jax.Array], *, transposed: Sequence[bool] | None = None):
         batches = [G.shape[:-2] for G in stored]
-        return cls(batches, [transposed] * len(stored), stored[0].dtype, precision, stored)
+        turned = transposed or [False] * len(stored)
+        return cls(batches, turned, stored[0].dtype, precision=None, stored=stored)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -132,10 +134,8 @@ class WholeGradients(Gradients):
                 x = self._matmul(whole(x, -2), G, transposed=transposed, dtype=dtype)
                 return self._divided(whole(x, -2))
 
-            if self.turns == 1:
-                return product(None, self._divided(x), G)
             columns = G.shape[-2 if transposed else -1]
-            into = jnp.zeros((*x.shape[:-1], columns), dtype)
+            into = jnp.zeros((*x.shape[:-1], columns), dtype) if self.turns > 1 else None
             return in_turns(product, self.turns, into, self._divided(x), G)
 
         pieces = pieces_of(written_out(X.astype(self.dtype)), self.batches)
@@ -212,20 +212,28 @@ class ProjectedGradients(Gradients):
         )
 
 
-def in_turns(fn: Callable[..., jax.Array], turns: int, over: Any, *read: Any) -> Any:
-    """`fn` of arrays with a batch axis in front, some of it at a time, written over the first."""
+def in_turns(
+    fn: Callable[..., Any], turns: int, over: PyTree, *read: PyTree, axes: PyTree = None
+) -> PyTree:
+    """`fn(over, *read)` written over `over`, a part of a batch axis at a time.
+
+    That is the first axis of every array, or the one that `axes`, a tree like `over`, says.
+    """
     if turns == 1:
         return fn(over, *read)
+    axes = jax.tree.map(lambda x: 0, over) if axes is None else axes
     # What goes together lies `turns` apart: a mesh that divides the axis divides every turn.
-    split = lambda x: x.reshape(-1, turns, *x.shape[1:])
+    split = lambda x, axis=0: x.reshape(*x.shape[:axis], -1, turns, *x.shape[axis + 1 :])
+    joined = lambda x, axis: x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
     def turn(i, over):
-        at = lambda x: jax.lax.dynamic_index_in_dim(x, i, axis=1, keepdims=False)
-        new = fn(*jax.tree.map(at, (over, *read)))
-        return jax.lax.dynamic_update_index_in_dim(over, new, i, axis=1)
+        at = lambda x, axis=0: jax.lax.dynamic_index_in_dim(x, i, axis + 1, keepdims=False)
+        put = lambda x, new, axis: jax.lax.dynamic_update_index_in_dim(x, new, i, axis + 1)
+        new = fn(jax.tree.map(at, over, axes), *jax.tree.map(at, read))
+        return jax.tree.map(put, over, new, axes)
 
-    over, read = jax.tree.map(split, (over, read))
-    return jax.lax.fori_loop(0, turns, turn, over).reshape(-1, *over.shape[2:])
+    over, read = jax.tree.map(split, over, axes), jax.tree.map(split, read)
+    return jax.tree.map(joined, jax.lax.fori_loop(0, turns, turn, over), axes)
 
 
 def pieces_of(stack: jax.Array, batches: Sequence[Batch]) -> list[jax.Array]:

@@ -21,6 +21,7 @@ from sumo_optax._gradient import (
     ProjectedGradients,
     Update,
     WholeGradients,
+    in_turns,
     pieces_of,
     shaped,
     stack_of,
@@ -141,22 +142,16 @@ def group_step(
     one = of([view.part(turns) for view in views])
 
     def step(leaves, states, t, key):
-        each = lambda f, *trees: jax.tree.map(f, (first, jax.tree.map(lambda x: 0, states)), *trees)
-        # Layers `turns` apart go together: where a mesh divides layers, each device has some.
-        split = lambda axis, x: x.reshape(*x.shape[:axis], -1, turns, *x.shape[axis + 1 :])
+        def turn(over):
+            leaves, states, _ = over
+            Ds, new, bad = one(leaves, states, t, key)
+            return Ds, new, bad[None]
 
-        def turn(i, carry):
-            leaves, states, bad = carry
-            at = lambda axis, x: jax.lax.dynamic_index_in_dim(x, i, axis + 1, keepdims=False)
-            put = lambda axis, x, new: jax.lax.dynamic_update_index_in_dim(x, new, i, axis + 1)
-            Ds, new, more = one(*each(at, (leaves, states)), t, key)
-            # Updates take the place of the gradients: no stack of either is made anew.
-            return *each(put, (leaves, states), (Ds, new)), bad + more
-
-        carry = (*each(split, (leaves, states)), jnp.zeros([], jnp.int32))
-        Ds, new, bad = jax.lax.fori_loop(0, turns, turn, carry)
-        whole = lambda axis, x: x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
-        return *each(whole, (Ds, new)), bad
+        # Updates take the place of the gradients: no stack of either is made anew.
+        over = (leaves, states, jnp.zeros(turns, jnp.int32))
+        axes = (first, jax.tree.map(lambda x: 0, states), 0)
+        Ds, new, bad = in_turns(turn, turns, over, axes=axes)
+        return Ds, new, jnp.sum(bad, dtype=jnp.int32)
 
     return step
 

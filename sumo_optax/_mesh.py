@@ -23,22 +23,11 @@ def mesh_of(x: Any) -> Any:
 
 
 def divided(x: jax.Array, r: int) -> jax.Array:
-    """`x` divided over all devices: along its axis `r`, or else along its other side.
-
-    Mesh axes are added one by one: all at once is often more than the compiler can do without
-    making the whole array on every device.
-    """
+    """`x` divided over all devices: along its axis `r`, or else along its other side."""
     mesh = mesh_of(x)
     if mesh is None:
         return x
-    axes: dict[int, tuple[str, ...]] = {r: (), -3 - r: ()}
-    for name in mesh.axis_names:
-        for k, names in axes.items():
-            if x.shape[k] % math.prod(mesh.shape[a] for a in (*names, name)) == 0:
-                axes[k] = (*names, name)
-                x = _constrained(x, mesh, {k: a for k, a in axes.items() if a}, else_=None)
-                break
-    return x
+    return _constrained(x, mesh, _along_sides(x, mesh, mesh.axis_names, r), else_=None)
 
 
 def whole(x: jax.Array, r: int) -> jax.Array:
@@ -48,20 +37,40 @@ def whole(x: jax.Array, r: int) -> jax.Array:
 
 
 def over_devices(fn: Callable[..., jax.Array], *stacks: jax.Array) -> jax.Array:
-    """`fn` of stacks (B, ...), each device taking some of the matrices."""
+    """`fn` of stacks (B, ...), each device taking some of the matrices.
+
+    Mesh axes go from the sides to the stack one by one, the innermost first: each is then one
+    all-to-all.
+    """
     mesh = mesh_of(stacks[0])
     size = len(stacks[0])
     if mesh is None:
         return fn(*stacks)
     if size == 1:
         return jax.shard_map(fn, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)(*stacks)
-    along = lambda x, axes: _constrained(x, mesh, {0: axes}, else_=P.UNCONSTRAINED)
-    stages = [mesh.axis_names[:k] for k in range(1, len(mesh.axis_names))]
+    names = mesh.axis_names
+
+    def moved(x: jax.Array, k: int) -> jax.Array:
+        axes = {0: names[:k:-1]} | _along_sides(x, mesh, names[: k + 1], -2)
+        return _constrained(x, mesh, axes, else_=None)
+
+    order = range(len(names) - 1, -1, -1)
     padded = [jnp.pad(x, [(0, -size % mesh.size), *[(0, 0)] * (x.ndim - 1)]) for x in stacks]
-    padded = [functools.reduce(along, stages, x) for x in padded]
-    spec = P(mesh.axis_names)
+    padded = [functools.reduce(moved, order, x) for x in padded]
+    spec = P(names[::-1])
     of = jax.shard_map(fn, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
-    return functools.reduce(along, stages[::-1], of(*padded))[:size]
+    return functools.reduce(moved, reversed(order), of(*padded))[:size]
+
+
+def _along_sides(x: jax.Array, mesh: Any, names: tuple[str, ...], r: int) -> dict[int, Any]:
+    """Mesh axes on the axis `r` of `x` as far as they divide it, then on the other of the two."""
+    axes: dict[int, tuple[str, ...]] = {r: (), -3 - r: ()}
+    for name in names:
+        for k, taken in axes.items():
+            if x.shape[k] % math.prod(mesh.shape[a] for a in (*taken, name)) == 0:
+                axes[k] = (*taken, name)
+                break
+    return {k: taken for k, taken in axes.items() if taken}
 
 
 def _constrained(x: jax.Array, mesh: Any, axes: dict[int, Any], *, else_: Any) -> jax.Array:

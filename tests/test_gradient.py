@@ -19,14 +19,17 @@ G, Q, V, X = (
 )
 
 
-@pytest.fixture(params=[False, True], ids=["as it is", "transposed"])
+ORIENTATIONS = {"as they are": [False] * 3, "transposed": [True] * 3, "mixed": [False, True, True]}
+
+
+@pytest.fixture(params=ORIENTATIONS.values(), ids=ORIENTATIONS)
 def transposed(request):
     return request.param
 
 
 def in_leaves(stack, transposed):
-    stack = np.swapaxes(stack, -1, -2) if transposed else stack
-    return [jnp.asarray(x) for x in (stack[:1], stack[1:3], stack[3:])]
+    leaves = zip((stack[:1], stack[1:3], stack[3:]), transposed, strict=True)
+    return [jnp.asarray(np.swapaxes(x, -1, -2) if turned else x) for x, turned in leaves]
 
 
 def stored(G, transposed):

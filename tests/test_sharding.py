@@ -14,6 +14,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from contracts import (
+    assert_close,
     every_optimizer_slowly,
     every_transformation,
     every_transformation_in_floats,
@@ -26,6 +27,7 @@ from jax.sharding import PartitionSpec as P
 from test_sumo import gradients
 
 import sumo_optax
+from sumo_optax import _group
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import collectives
@@ -217,6 +219,29 @@ def test_nothing_of_the_gradients_size_is_sent(make, shape, spec):
     assert ordinary
     for _, sizes in ordinary + refresh:
         assert max(sizes) <= 64 * R
+
+
+# Their products of small matrices, outside of polar factors, are of all layers together.
+TOGETHER = ("online_subspace_descent", "galore", "mofasgd")
+
+
+@every_transformation_slowly
+def test_layers_are_read_and_written_one_at_a_time(make, monkeypatch, request):
+    """Three, which the mesh cannot divide: products of one of them at a time are sent."""
+    monkeypatch.setattr(_group, "_LARGEST_STACK", 1)
+    r, shape, mesh = 8, (3, 64, 32), mesh_of(AxisType.Auto)
+    tx = make(rank=r, weight_dimension_numbers=optax.contrib.MuonDimensionNumbers(1, 2))
+    shardings = {"kernel": NamedSharding(mesh, P(None, ("x", "y"), None))}
+    grads = [{"kernel": jax.random.normal(jax.random.key(t), shape)} for t in range(3)]
+    updates, state = trajectory(tx, grads, shardings)
+    for ours, theirs in zip(updates, trajectory(tx, grads)[0], strict=True):
+        assert_close(ours, theirs)
+    params = jax.device_put(grads[0], shardings)
+    step = jax.jit(tx.update, out_shardings=(shardings, jax.tree.map(lambda x: x.sharding, state)))
+    program = step.lower(params, state, params).compile().as_text()
+    sent = itertools.chain(*collectives.collectives(program))
+    layers = 3 if request.node.callspec.id in TOGETHER else 1
+    assert max(size for _, sizes in sent for size in sizes) <= layers * 64 * r
 
 
 SCALARS = 16  # norms and looks for numbers that are not finite
