@@ -41,7 +41,7 @@ def optimizer(name: str, case: Case) -> optax.GradientTransformation:
         return optax.contrib.galore(1e-2, case.rank, weight_dimension_numbers=galore_numbers)
     function, settings = OURS[name]
     given = {"weight_dimension_numbers": numbers, "state_dtype": case.state_dtype}
-    return getattr(sumo_optax, function)(1e-2, case.rank, **given, **settings)
+    return getattr(sumo_optax, function)(1e-2, case.rank, **(given | settings))
 
 
 def galore_numbers(params: Any) -> Any:

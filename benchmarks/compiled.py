@@ -44,6 +44,8 @@ class Case:
     """Arguments of `python -m sumo_optax plan` for the same model."""
     leave_out: tuple[str, ...] = ()
     """Optimizers that it is not for."""
+    few_bits: bool = False
+    """Whether it is also for states in few bits."""
 
 
 SMALL = Model(width=512, hidden=1376, layers=8, heads=8)
@@ -100,6 +102,7 @@ CASES = {
         rank=1024,
         state_dtype="bfloat16",
         leave_out=STACKED,
+        few_bits=True,
     ),
     "train_7b_8_layers_h100": Case(
         "training step of 8 layers of LLaMA-7B, not stacked, bfloat16, rank 1024, H100",
@@ -136,9 +139,15 @@ OURS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "online_subspace_descent": ("online_subspace_descent", {}),
     "mofasgd": ("mofasgd", {}),
+    "sumo, 8 bits": ("sumo", {"state_dtype": "int8"}),
+    "sumo, 4 bits": ("sumo", {"state_dtype": "int4"}),
 }
 # With updates inside the backward pass, in cases that are whole training steps.
-FUSED = ("sumo, value_and_update", "adamw, value_and_update")
+FUSED = (
+    "sumo, value_and_update",
+    "sumo, 4 bits, value_and_update",
+    "adamw, value_and_update",
+)
 OPTIMIZERS = (*PEERS, *OURS, *FUSED)
 # Of the code before matrices were stacked, kept for comparison.
 BEFORE = ("sumo, before",)
@@ -186,6 +195,12 @@ def run(case: str, optimizer: str, config: Config) -> dict[str, Any]:
     if done.returncode == -signal.SIGXCPU:
         return row | {"outcome": f"not compiled after {config.limit} s"}
     return row | {"outcome": failure(done.stderr)}
+
+
+def is_for(case: Case, name: str) -> bool:
+    if name in case.leave_out or (name in FUSED and case.update_alone):
+        return False
+    return case.few_bits or " bits" not in name
 
 
 def failure(errors: str) -> str:
@@ -311,7 +326,7 @@ def main(argv: list[str] | None = None) -> None:
     wanted = [
         (case, name)
         for case, name in itertools.product(config.cases, config.optimizers)
-        if name not in CASES[case].leave_out and not (name in FUSED and CASES[case].update_alone)
+        if is_for(CASES[case], name)
     ]
     absent: dict[str, dict[str, Any]] = {}
 
