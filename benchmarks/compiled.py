@@ -172,7 +172,7 @@ class Config:
     """Which of them."""
     optimizers: tuple[str, ...] = OPTIMIZERS
     """Which of them."""
-    limit: int = 120
+    limit: int = 200
     """Processor seconds for a program; one that is not done by then is a row that says so."""
     at_once: int = 2
     """Programs to compile at once: their seconds are of the processor, not of the clock."""

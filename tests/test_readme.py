@@ -10,6 +10,11 @@ import jax
 
 ROOT = Path(__file__).parents[1]
 
+PEAKS = {
+    "AdamW": "adamw",
+    "SUMO, rank 1024": "sumo",
+    "SUMO, rank 1024, state in 4 bits": "sumo, 4 bits",
+}
 README = (ROOT / "README.md").read_text()
 
 
@@ -36,7 +41,7 @@ def test_peaks_of_7b_are_the_recorded_ones():
         if row["case"] == "train_7b_h100" and "peak_bytes" in row
     }
     for page in (README, (ROOT / "docs/one_card.md").read_text()):
-        for title, name in (("AdamW", "adamw"), ("SUMO, rank 1024", "sumo")):
+        for title, name in PEAKS.items():
             assert f"| {title} | {peaks[name]} | {peaks[f'{name}, value_and_update']} |\n" in page
         words = " ".join(page.split())
         assert f"{peaks['sumo, value_and_update']} GiB" in words
