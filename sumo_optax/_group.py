@@ -252,4 +252,6 @@ def cast(tree: PyTree, dtype: Any) -> PyTree:
 
 
 def or_zero(good: jax.Array, x: jax.Array) -> jax.Array:
-    return jnp.where(good, x, jnp.zeros_like(x))
+    # A zero like any other may become an array of them that many share, held all through the step.
+    zero = jax.lax.optimization_barrier(jnp.zeros([], x.dtype))
+    return jnp.where(good, x, zero)
