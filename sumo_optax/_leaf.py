@@ -12,6 +12,8 @@ Axes = tuple[int, ...]
 Shape = tuple[int, ...]
 
 KERNELS = {"kernel", "weight", "w"}
+# Fields of variables that name the axes.
+AXIS_NAMES = ("out_sharding", "sharding_names", "sharding")
 # Fields of wrappers that a path may end in.
 _ARRAYS = {"array", "data_array"}
 VECTOR = re.compile(
@@ -103,8 +105,7 @@ def metadata(leaf: Leaf) -> dict[str, Any]:
 def axis_names(leaf: Leaf) -> list[tuple[str, ...]]:
     """Of each axis; none where a variable says nothing."""
     found = metadata(leaf)
-    fields = ("out_sharding", "sharding_names", "sharding")
-    entries = next((found[k] for k in fields if isinstance(found.get(k), Iterable)), ())
+    entries = next((found[k] for k in AXIS_NAMES if isinstance(found.get(k), Iterable)), ())
     several = lambda entry: entry if isinstance(entry, tuple) else (entry,)
     names = [tuple(str(name).lower() for name in several(entry) if name) for entry in entries]
     missing = len(jnp.shape(leaf.value)) - len(names)

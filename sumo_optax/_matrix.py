@@ -132,8 +132,7 @@ def lift(
                 rule, group, of(paths, group), views_of_group, skip_nonfinite, precision
             )
             old = [[column[k] for k in group.members] for column in columns]
-            words = rule.words(views_of_group[0])
-            step = _layout.in_auto_mode(step, leaves_of_group, views_of_group, words, old)
+            step = _layout.in_auto_mode(step, leaves_of_group, old)
             # The state is not made ready before there are gradients.
             old, leaves_of_group = jax.lax.optimization_barrier((old, leaves_of_group))
             if not group.layer:  # groups of all layers go one after the other

@@ -1,5 +1,6 @@
 """Where optimizer state lies on a mesh, for `jax.jit(out_shardings=...)` and for checkpoints."""
 
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -10,14 +11,19 @@ from sumo_optax._paths import PyTree, named_leaves, path_string
 
 
 def state_shardings(
-    tx: optax.GradientTransformation, params: PyTree, param_shardings: PyTree
+    tx: optax.GradientTransformation,
+    params: PyTree,
+    param_shardings: PyTree,
+    *,
+    state_axes: Collection[str] | None = None,
 ) -> PyTree:
     """The sharding of every array of an optimizer's state, from those of the parameters.
 
-    With mesh axes a along the side that is projected and b along the other, basis and moment are
-    P(a, b), if r is a multiple of the devices along it; what belongs to neither side is on every
-    device; batch axes (layers, experts) keep theirs. States of optax's own transformations that
-    are like a parameter lie as it does; counters are replicated.
+    With mesh axes a along the side that is projected, b along the other and c on neither, the basis
+    is P(a, (b, c)) and the moment P((a, c), b), if r is a multiple of the devices along it; batch
+    axes (layers, experts) keep theirs. So every device holds its share of the state, data-parallel
+    ones included. States of optax's own transformations that are like a parameter lie as it does;
+    counters are replicated.
 
     Args:
       tx: any transformation made of ours and of optax's, combinators (``chain``, ``partition``,
@@ -25,13 +31,14 @@ def state_shardings(
       params: tree of arrays or ``jax.ShapeDtypeStruct``.
       param_shardings: tree like `params` of ``jax.sharding.NamedSharding``, all of one mesh,
         which may be a ``jax.sharding.AbstractMesh``: of devices that are not here.
+      state_axes: names of the mesh axes that may be c above, by default all of the mesh.
 
     Returns:
       Tree of ``NamedSharding`` like ``tx.init(params)``.
 
     Raises:
       TypeError: a sharding is no ``NamedSharding``.
-      ValueError: the shardings are of several meshes.
+      ValueError: the shardings are of several meshes, or a mesh has no axis of such a name.
 
     Examples:
       >>> import jax, jax.numpy as jnp, sumo_optax
@@ -45,11 +52,16 @@ def state_shardings(
       True
       >>> state = jax.jit(tx.init, out_shardings=state_sharding)(params)
     """
-    return jax.tree.map(lambda x: x.sharding, abstract_state(tx, params, param_shardings))
+    state = abstract_state(tx, params, param_shardings, state_axes=state_axes)
+    return jax.tree.map(lambda x: x.sharding, state)
 
 
 def abstract_state(
-    tx: optax.GradientTransformation, params: PyTree, param_shardings: PyTree
+    tx: optax.GradientTransformation,
+    params: PyTree,
+    param_shardings: PyTree,
+    *,
+    state_axes: Collection[str] | None = None,
 ) -> PyTree:
     """Shape, dtype and sharding of every array of an optimizer's state: what Orbax restores onto.
 
@@ -73,9 +85,7 @@ def abstract_state(
     if mesh is None:
         return jax.eval_shape(tx.init, params)
     # Types carry shardings on a mesh with explicit axes, so there `init` says where its state lies.
-    explicit = AbstractMesh(
-        mesh.axis_sizes, mesh.axis_names, axis_types=(AxisType.Explicit,) * len(mesh.axis_names)
-    )
+    explicit = _explicit(mesh, _of_parameters(param_shardings) | _known(state_axes, mesh))
     typed = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(
             x.shape, x.dtype, sharding=NamedSharding(explicit, s.spec)
@@ -105,3 +115,22 @@ def _mesh_of(param_shardings: PyTree) -> Any:
     if len(meshes) > 1:
         raise ValueError(f"param_shardings must be of one mesh, got {len(meshes)}: {meshes}")
     return next(iter(meshes), None)
+
+
+def _explicit(mesh: Any, names: Collection[str]) -> AbstractMesh:
+    """Of its axes those of such names, all explicit."""
+    kept = {name: size for name, size in mesh.shape.items() if name in names}
+    kinds = (AxisType.Explicit,) * len(kept)
+    return AbstractMesh(tuple(kept.values()), tuple(kept), axis_types=kinds)
+
+
+def _of_parameters(param_shardings: PyTree) -> set[str]:
+    """The names of mesh axes in their specs."""
+    specs = [tuple(sharding.spec) for sharding in jax.tree.leaves(param_shardings)]
+    return set(jax.tree.leaves(specs))
+
+
+def _known(state_axes: Collection[str] | None, mesh: Any) -> set[str]:
+    if unknown := set(state_axes or ()) - set(mesh.axis_names):
+        raise ValueError(f"state_axes must be among {mesh.axis_names}, got {sorted(unknown)}")
+    return set(mesh.axis_names if state_axes is None else state_axes)
