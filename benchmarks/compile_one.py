@@ -60,8 +60,8 @@ def clock() -> float:
 
 def shapes(tx: optax.GradientTransformation, case: Case) -> tuple[Any, Any, Mesh]:
     """Those of parameters and state, laid out as the case and `state_shardings` say."""
-    mesh = targets.mesh(case.target, None if case.fsdp else 1)
-    params = training_step.parameters(case.model, mesh, sharded=case.fsdp)
+    mesh = targets.mesh(case.target, case.axes or {"x": 1})
+    params = training_step.parameters(case.model, mesh)
     if case.update_alone:
         params = params["layers"]
     placed = sumo_optax.state_shardings(tx, params, jax.tree.map(lambda x: x.sharding, params))
@@ -85,13 +85,16 @@ def figures(
 ) -> dict[str, Any]:
     """Of the compiled step; its text is written to `keep`."""
     params, state, mesh = shapes(tx, case)
-    everywhere, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P("x"))
+    everywhere = NamedSharding(mesh, P())
+    batch = [axis for axis in mesh.axis_names if axis != "tensor"]
+    rows = NamedSharding(mesh, P(tuple(batch)))
+    sequences = math.prod(mesh.shape[axis] for axis in batch)
     if case.update_alone:
         step, third = training_step.update_step(tx), params
     else:
         make = training_step.fused_step if fused else training_step.train_step
-        step = make(case.model, tx, rows if case.fsdp else None)
-        third = jax.ShapeDtypeStruct((mesh.size, case.model.length + 1), "int32", sharding=rows)
+        step = make(case.model, tx, rows if mesh.size > 1 else None)
+        third = jax.ShapeDtypeStruct((sequences, case.model.length + 1), "int32", sharding=rows)
     shardings = jax.tree.map(lambda x: x.sharding, (params, state))
     jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=(*shardings, everywhere))
     begun = clock()

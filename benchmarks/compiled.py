@@ -36,8 +36,8 @@ class Case:
     rank: int
     update_alone: bool = False
     """The optimizer on the gradients of all layers; otherwise a whole training step."""
-    fsdp: bool = False
-    """Parameters and batch over all devices of the target; otherwise one device."""
+    axes: dict[str, int] | None = None
+    """Of the mesh, by default one device: "x" divides rows and batch, "tensor" columns."""
     state_dtype: str | None = None
     """Of the low-rank states."""
     planned: tuple[str, ...] = ()
@@ -117,7 +117,7 @@ CASES = {
         dataclasses.replace(BIGGEST, length=1024),
         rank=1024,
         state_dtype="bfloat16",
-        fsdp=True,
+        axes={"x": 64},
         leave_out=STACKED,
     ),
 }
@@ -301,6 +301,7 @@ def line(row: dict[str, Any]) -> dict[str, str]:
         "of them in every step": number("ordinary_kernels"),
         "conditionals": number("conditionals"),
         "loops": number("loops"),
+        "GFLOP": number("gigaflop"),
         "factorisations in every step": ", ".join(row.get("factorisations", ())),
         "calls of factorisations": ", ".join(f"{n} {name}" for name, n in libraries.items()),
         "collectives, MiB": ", ".join(f"{n / MIB:,.0f} {kind}" for kind, n in sent.items()),

@@ -19,11 +19,12 @@ FACTORISATIONS = ("cholesky", "eigh", "lu", "qr", "geqrf", "svd")
 def figures(compiled: jax.stages.Compiled) -> dict[str, Any]:
     """Bytes, counts and names; the body of a loop counts once."""
     memory, text = compiled.memory_analysis(), compiled.as_text() or ""
+    cost = compiled.cost_analysis() or {}
     assert memory is not None
     lines = instructions(text)
     ordinary = "\n".join(line for name in outside_of_branches(lines) for line in lines[name])
     sent: Counter[str] = Counter()
-    for shapes, kind in COLLECTIVE.findall(text):
+    for shapes, kind in COLLECTIVE.findall(ordinary):
         sent[kind] += shape_bytes(shapes)
     return {
         "peak_bytes": memory.argument_size_in_bytes
@@ -33,6 +34,7 @@ def figures(compiled: jax.stages.Compiled) -> dict[str, Any]:
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
         "program_bytes": memory.generated_code_size_in_bytes,  # 0 for a GPU
+        "gigaflop": round(cost.get("flops", 0) / 1e9, 1),
         "kernels": kernels(text),
         "ordinary_kernels": kernels(ordinary),
         "conditionals": text.count(" conditional("),

@@ -3,6 +3,7 @@
 Needs the extra `compile`. It is imported before JAX, whose plugins read the environment.
 """
 
+import math
 import os
 from pathlib import Path
 
@@ -21,8 +22,8 @@ from jax.sharding import Mesh
 DESCRIPTION = Path(__file__).parent / "h100.txtpb"
 
 
-def mesh(target: str, devices: int | None = None) -> Mesh:
-    """The first `devices` (all, by default) of a target, along one axis, "x".
+def mesh(target: str, axes: dict[str, int] | None = None) -> Mesh:
+    """The first devices of a target along `axes`, by default all along one axis, "x".
 
     A target is "h100" (one), "h100:8" (so many) or a TPU topology: "v5e:2x2", "v5p:2x2x1".
     """
@@ -38,7 +39,9 @@ def mesh(target: str, devices: int | None = None) -> Mesh:
         topology = topologies.get_topology_desc(
             platform="tpu", topology_name=target, chips_per_host_bounds=(2, 2, 1)
         )
-    return Mesh(np.array(topology.devices[:devices]).reshape(-1), ("x",))
+    axes = axes or {"x": len(topology.devices)}
+    devices = np.array(topology.devices[: math.prod(axes.values())])
+    return Mesh(devices.reshape(tuple(axes.values())), tuple(axes))
 
 
 def platform(target: str) -> str:
@@ -49,7 +52,7 @@ def platform(target: str) -> str:
 def missing(target: str) -> str | None:
     """Why nothing can be compiled for a target here; None where it can."""
     try:
-        mesh(target, 1)
+        mesh(target)
     except Exception as error:  # each plugin has its own ways to fail
         return " ".join(f"{type(error).__name__}: {error}".split())[:200]
     return None

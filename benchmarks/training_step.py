@@ -35,20 +35,24 @@ class Model:
     """Of the sequence that each device takes."""
 
 
-def parameters(model: Model, mesh: Mesh, *, sharded: bool = False) -> Tree:
-    """Shapes of the parameters, each laid along "x" by its rows where they are sharded."""
+def parameters(model: Model, mesh: Mesh) -> Tree:
+    """Shapes of the parameters; rows lie along "x", columns of projections along "tensor"."""
     d, f = model.width, model.hidden
     stack = (model.layers,) if model.stacked else ()
 
-    def array(*shape: int, rows: int | None = None) -> jax.ShapeDtypeStruct:
-        spec: list[str | None] = [None] * len(shape)
-        if sharded and rows is not None and shape[rows] % mesh.size == 0:
-            spec[rows] = "x"
+    def along(axis: str, size: int) -> str | None:
+        devices = mesh.shape.get(axis, 1)
+        return axis if devices > 1 and size % devices == 0 else None
+
+    def array(*shape: int, spec: tuple[str | None, ...] = ()) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(
             shape, jnp.dtype(model.dtype), sharding=NamedSharding(mesh, P(*spec))
         )
 
-    kernel = lambda m, n: {"kernel": array(*stack, m, n, rows=len(stack))}
+    def kernel(m: int, n: int) -> Tree:
+        spec = (*[None] * len(stack), along("x", m), along("tensor", n))
+        return {"kernel": array(*stack, m, n, spec=spec)}
+
     layer = lambda: {
         "input_layernorm": {"scale": array(*stack, d)},
         "self_attn": {f"{name}_proj": kernel(d, d) for name in "qkvo"},
@@ -56,10 +60,10 @@ def parameters(model: Model, mesh: Mesh, *, sharded: bool = False) -> Tree:
         "mlp": {"gate_proj": kernel(d, f), "up_proj": kernel(d, f), "down_proj": kernel(f, d)},
     }
     return {
-        "embed_tokens": {"embedding": array(model.vocab, d, rows=0)},
+        "embed_tokens": {"embedding": array(model.vocab, d, spec=(along("x", model.vocab),))},
         "layers": layer() if model.stacked else {str(i): layer() for i in range(model.layers)},
         "norm": {"scale": array(d)},
-        "lm_head": {"kernel": array(d, model.vocab, rows=0)},
+        "lm_head": {"kernel": array(d, model.vocab, spec=(along("x", d),))},
     }
 
 

@@ -301,7 +301,7 @@ def test_stacked_layers_are_the_same_model():
 
     model = training_step.Model(16, 24, layers=2, heads=2, vocab=32, length=8)
     mesh = jax.make_mesh((8,), ("x",))
-    shapes = training_step.parameters(model, mesh, sharded=True)
+    shapes = training_step.parameters(model, mesh)
     assert shapes["layers"]["0"]["mlp"]["down_proj"]["kernel"].sharding.spec[0] == "x"
     seeds = itertools.count()
     separate = jax.tree.map(

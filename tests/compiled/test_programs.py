@@ -113,7 +113,7 @@ def test_updates_inside_the_backward_pass_hold_one_gradient(on, optimizer, targe
 def temporaries_over_sgd(optimizer: str, target: str, model: Model) -> float:
     """What an optimizer adds to the temporaries of a training step, over the gradients' bytes."""
     bytes_of = lambda name: figures(name, target, model, update_alone=False)["temporary_bytes"]
-    params = training_step.parameters(model, compile_one.targets.mesh(target, 1))
+    params = training_step.parameters(model, compile_one.targets.mesh(target, {"x": 1}))
     gradients = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(params))
     return (bytes_of(optimizer) - bytes_of("sgd")) / gradients
 
@@ -121,7 +121,7 @@ def temporaries_over_sgd(optimizer: str, target: str, model: Model) -> float:
 @pytest.mark.parametrize("optimizer", ["sumo", "mofasgd", "online_subspace_descent"])
 def test_state_is_divided_by_all_devices(on, optimizer):
     """Each of eight devices holds an eighth of it, with plain FSDP."""
-    case = Case("", on("v5e:2x4"), TRAINED, rank=16, fsdp=True)
+    case = Case("", on("v5e:2x4"), TRAINED, rank=16, axes={"x": 8})
     everything, share = compile_one.state_bytes(compile_one.optimizer(optimizer, case), case)
     assert share <= 1.05 * everything / 8
 
