@@ -22,6 +22,7 @@ from sumo_optax._group import Rule
 from sumo_optax._linalg import above_rounding, orthonormal_columns, svd
 from sumo_optax._matrix import descend, lift
 from sumo_optax._paths import PyTree
+from sumo_optax._rank import Rank
 
 
 class MofasgdState(NamedTuple):
@@ -41,7 +42,7 @@ class MofasgdState(NamedTuple):
 
 
 def scale_by_mofasgd(
-    rank: int = 32,
+    rank: Rank = 0.25,
     *,
     momentum: optax.ScalarOrSchedule = 0.95,
     inverse_limit: jax.typing.ArrayLike | None = None,
@@ -69,7 +70,7 @@ def scale_by_mofasgd(
     the first line is never formed. The state is (m + n + 1) r numbers a matrix.
 
     Args:
-      rank: r, at least 1; a matrix whose short side is smaller has that side as its rank.
+      rank: r, a number, a fraction of the short side or a function; see :func:`scale_by_sumo`.
       momentum: :math:`\beta`, in [0, 1), or a schedule of it. The authors warm it up, from 0.65 to
         0.85 or from 0.75 to 0.95 over 300 steps.
       inverse_limit: a number > 0 makes :math:`d_i = \min(1 / s_i, \text{limit})`, the form of the
@@ -103,15 +104,13 @@ def scale_by_mofasgd(
     References:
       `arXiv 2507.08091 <https://arxiv.org/abs/2507.08091>`_, Algorithm 1.
     """
-    rank = _check.integer("rank", rank, least=1)
     if not callable(momentum):
         _check.number("momentum", momentum, least=0, below=1)
     _check.number("inverse_limit", inverse_limit, above=0, optional=True)
     _check.number("complement", complement, least=0)
     _check.number("consistent_rms", consistent_rms, above=0, optional=True)
 
-    def init(m, n, dtype, key):
-        r = min(rank, n)
+    def init(m, n, r, dtype, key):
         return jnp.zeros((m, r), dtype), jnp.zeros(r, dtype), jnp.zeros((n, r), dtype)
 
     def due(t, state, phase):
@@ -142,7 +141,7 @@ def scale_by_mofasgd(
         return D, (U, s[:, 0], V)
 
     return lift(
-        Rule(init, due, step, lambda m, n: ("mr", "r", "nr")),
+        Rule(init, due, step, lambda m, n, r: ("mr", "r", "nr"), rank),
         MofasgdState,
         fallback=fallback,
         weight_dimension_numbers=weight_dimension_numbers,
@@ -201,7 +200,7 @@ def _completed(columns: jax.Array, found: jax.Array, spare: jax.Array) -> jax.Ar
 
 def mofasgd(
     learning_rate: optax.ScalarOrSchedule,
-    rank: int = 32,
+    rank: Rank = 0.25,
     *,
     momentum: optax.ScalarOrSchedule = 0.95,
     inverse_limit: jax.typing.ArrayLike | None = None,

@@ -15,11 +15,12 @@ from sumo_optax import _check
 from sumo_optax._axes import WeightDimensionNumbers
 from sumo_optax._in_subspace import OnlinePCA, in_subspace
 from sumo_optax._matrix import descend
+from sumo_optax._rank import Rank
 from sumo_optax._view import Side
 
 
 def scale_by_online_subspace_descent(
-    rank: int = 128,
+    rank: Rank = 0.25,
     *,
     inner: optax.GradientTransformation | None = None,
     projector: optax.GradientTransformation | None = None,
@@ -50,7 +51,7 @@ def scale_by_online_subspace_descent(
     side.
 
     Args:
-      rank: r, at least 1; a matrix whose short side is smaller has that side as its rank.
+      rank: r, a number, a fraction of the short side or a function; see :func:`scale_by_sumo`.
       inner: the transformation of projected gradients, by default ``optax.scale_by_adam()``; see
         :func:`scale_in_subspace`.
       projector: the transformation of P's gradient, by default ``optax.scale_by_adam()``;
@@ -105,7 +106,7 @@ def scale_by_online_subspace_descent(
 
 def online_subspace_descent(
     learning_rate: optax.ScalarOrSchedule,
-    rank: int = 128,
+    rank: Rank = 0.25,
     *,
     inner: optax.GradientTransformation | None = None,
     projector: optax.GradientTransformation | None = None,

@@ -150,7 +150,7 @@ def test_momentum_may_be_a_schedule():
 @pytest.mark.parametrize(
     "argument, error",
     [
-        ({"rank": 0}, "rank must be an integer of at least 1, got 0"),
+        ({"rank": 0}, "rank must be an integer of at least 1 .* got 0"),
         ({"momentum": 1.0}, "momentum must be a number >= 0 and < 1, got 1.0"),
         ({"inverse_limit": 0}, "inverse_limit must be a number > 0, or None, got 0"),
         ({"complement": -1}, "complement must be a number >= 0, got -1"),
