@@ -153,9 +153,9 @@ def scale_by_sumo(
       >>> params = optax.apply_updates(params, updates)
 
     References:
-      `arXiv 2505.24749 <https://arxiv.org/abs/2505.24749>`_, Algorithm 1, which is had exactly with
-      ``residual="gradient", basis="randomized_svd", side="long", consistent_rms=None,
-      nesterov=False, momentum=0.95``. The scaled residual is Fira's, `arXiv 2410.01623
+      `arXiv 2505.24749 <https://arxiv.org/abs/2505.24749>`_, Algorithm 1, which is had with
+      ``**sumo_optax.presets.SUMO``, and exactly if ``basis="svd"`` takes the place of the
+      preset's randomised SVD. The scaled residual is Fira's, `arXiv 2410.01623
       <https://arxiv.org/abs/2410.01623>`_, section 4.
     """
     if refresh_every is None:

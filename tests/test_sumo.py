@@ -111,28 +111,6 @@ def test_tracking_agrees_with_float64(refresh_every, side):
             assert relative(updates[t][name], D) < TRAJECTORY, (name, t)
 
 
-def test_paper_is_reachable_by_name():
-    """Algorithm 1 as printed: raw residual, limiter, no scaling, heavy ball, periodic refresh."""
-    tx = sumo_optax.scale_by_sumo(
-        RANK,
-        refresh_every=7,
-        basis="svd",
-        side="long",
-        momentum=0.9,
-        residual="gradient",
-        consistent_rms=None,
-        nesterov=False,
-    )
-    sequence = gradients((40, 16), 3)
-    updates, _ = run(tx, {"tall": sequence}, 3)
-    Q = oracles.top_left_subspace(np.float64(sequence[0]), RANK)
-    M = np.zeros((RANK, 16))
-    for t, G in enumerate(map(np.float64, sequence)):
-        M = 0.9 * M + Q.T @ G
-        D = Q @ oracles.polar(M) + G - Q @ (Q.T @ G)
-        assert relative(updates[t]["tall"], D) < TRAJECTORY
-
-
 def test_moment_is_carried_into_the_new_basis():
     sequence = gradients((40, 16), 2)
     tx = sumo_optax.scale_by_sumo(RANK, refresh_every=1, basis="svd", side="long", momentum=0.9)
