@@ -20,9 +20,9 @@ SUMO: Mapping[str, Any] = MappingProxyType(
         "consistent_rms": None,
     }
 )
-"""For :func:`sumo` and :func:`scale_by_sumo`: `arXiv 2505.24749
-<https://arxiv.org/abs/2505.24749>`_, Algorithm 1, with its randomised SVD for the basis. With
-``basis="svd"`` instead it is exactly the algorithm that the randomised one approximates."""
+"""`arXiv 2505.24749 <https://arxiv.org/abs/2505.24749>`_, Algorithm 1, for :func:`sumo` and
+:func:`scale_by_sumo`. The basis comes from a randomised SVD, as there; with ``basis="svd"`` instead
+it is exactly what that approximates."""
 
 ONLINE_SUBSPACE_DESCENT: Mapping[str, Any] = MappingProxyType(
     {
@@ -32,10 +32,10 @@ ONLINE_SUBSPACE_DESCENT: Mapping[str, Any] = MappingProxyType(
         "scale": 1.0,
     }
 )
-"""For :func:`online_subspace_descent`: `arXiv 2408.12857 <https://arxiv.org/abs/2408.12857>`_,
-Algorithm 1 with Adam for both, :math:`\\eta_P = 5 \\eta`. Its decay of the projector, for which the
-paper has that of the weights, is in ``projector=optax.chain(optax.scale_by_adam(),
-optax.add_decayed_weights(weight_decay))``."""
+"""`arXiv 2408.12857 <https://arxiv.org/abs/2408.12857>`_, Algorithm 1 with Adam for both and
+:math:`\\eta_P = 5 \\eta`, for :func:`online_subspace_descent`. The paper decays the projector as it
+does the weights, which ``projector=optax.chain(optax.scale_by_adam(),
+optax.add_decayed_weights(weight_decay))`` does."""
 
 MOFASGD: Mapping[str, Any] = MappingProxyType(
     {
@@ -45,5 +45,5 @@ MOFASGD: Mapping[str, Any] = MappingProxyType(
         "consistent_rms": None,
     }
 )
-"""For :func:`mofasgd` and :func:`scale_by_mofasgd`: `arXiv 2507.08091
-<https://arxiv.org/abs/2507.08091>`_, Algorithm 1."""
+"""`arXiv 2507.08091 <https://arxiv.org/abs/2507.08091>`_, Algorithm 1, for :func:`mofasgd` and
+:func:`scale_by_mofasgd`."""
