@@ -25,6 +25,8 @@ import record
 import tyro
 from training_step import Model
 
+import sumo_optax
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -125,18 +127,7 @@ PEERS = ("sgd", "adamw", "muon", "galore")
 OURS: dict[str, tuple[str, dict[str, Any]]] = {
     "sumo": ("sumo", {}),
     "sumo, Newton-Schulz": ("sumo", {"polar": "newton_schulz"}),
-    "sumo as published": (
-        "sumo",
-        {
-            "basis": "randomized_svd",
-            "side": "long",
-            "refresh_every": 200,
-            "momentum": 0.95,
-            "nesterov": False,
-            "residual": "gradient",
-            "consistent_rms": None,
-        },
-    ),
+    "sumo as published": ("sumo", dict(sumo_optax.presets.SUMO)),
     "online_subspace_descent": ("online_subspace_descent", {}),
     "mofasgd": ("mofasgd", {}),
     "sumo, 8 bits": ("sumo", {"state_dtype": "int8"}),

@@ -197,7 +197,8 @@ def model(
     params = bert.read_weights(folder, nnx.to_pure_dict(nnx.state(blank, nnx.Param)))
     merge: Callable[[Any], Any] = lambda params: params
     if config.optimizer == "lora":
-        params, merge = lora.split(params, config.rank or RANK, jax.random.key(config.seed))
+        rank = optimizers.integer("lora", config.rank or RANK)
+        params, merge = lora.split(params, rank, jax.random.key(config.seed))
 
     def logits(
         params: Any, batch: Mapping[str, jax.Array], dropout: jax.Array | None = None

@@ -40,8 +40,8 @@ class Arguments:
     """Peak of the schedule; each optimizer has its default."""
     adam_learning_rate: float | None = None
     """The same for the Adam that trains embeddings, head, norms and biases."""
-    rank: int | None = None
-    """Rank of the subspace."""
+    rank: int | float | None = None
+    """Rank of the subspace, or a fraction of each matrix's short side, such as 0.25."""
     refresh_every: int | None = None
     """Steps between two refreshes of the subspace."""
     weight_decay: float = 0.0
@@ -88,6 +88,13 @@ def muon(learning_rate, *, beta=0.95, adam_learning_rate, weight_decay):
     )
 
 
+def integer(name: str, rank: int | float) -> int:
+    """The rank, for what knows no fractions."""
+    if not isinstance(rank, int):
+        raise ValueError(f"{name} takes an integer as its --rank, got {rank}")
+    return rank
+
+
 def galore(learning_rate, *, rank, refresh_every=200, adam_learning_rate, weight_decay):
     """GaLore for the projections, AdamW for the rest."""
 
@@ -107,7 +114,10 @@ def galore(learning_rate, *, rank, refresh_every=200, adam_learning_rate, weight
     return optax.partition(
         {
             "galore": optax.contrib.galore(
-                learning_rate, rank=rank, update_proj_gap=refresh_every, weight_decay=weight_decay
+                learning_rate,
+                rank=integer("galore of optax", rank),
+                update_proj_gap=refresh_every,
+                weight_decay=weight_decay,
             ),
             "adamw": optax.adamw(adam_learning_rate, weight_decay=weight_decay),
         },
@@ -143,7 +153,7 @@ def complete(
     name: str,
     given: Arguments,
     *,
-    rank: int,
+    rank: int | float,
     rates: Mapping[str, tuple[float, float]] = LEARNING_RATES,
     subspace_gradients: bool = False,
 ) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Optax gradient transformations that train transformers with low-rank optimizer state."""
 
+from sumo_optax import presets as presets
 from sumo_optax._conventions import flax_dimension_numbers as flax_dimension_numbers
 from sumo_optax._convert import check_state as check_state
 from sumo_optax._convert import convert_state as convert_state

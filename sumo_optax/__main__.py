@@ -16,6 +16,10 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
+def _rank(text: str) -> int | float:
+    return float(text) if "." in text else int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m sumo_optax")
     commands = parser.add_subparsers(required=True, metavar="plan")
@@ -25,7 +29,12 @@ def _parser() -> argparse.ArgumentParser:
     model = command.add_mutually_exclusive_group(required=True)
     model.add_argument("--preset", choices=PRESETS, help="a model of examples/pretrain.py")
     model.add_argument("--config", type=Path, help="config.json of a Hugging Face LLaMA or Mistral")
-    command.add_argument("--rank", type=int, help="by default a quarter of the model's width")
+    command.add_argument(
+        "--rank",
+        type=_rank,
+        default=0.25,
+        help="an integer, or a fraction of each matrix's short side; by default 0.25",
+    )
     command.add_argument("--mesh", help="data=N,fsdp=N,tensor=N; by default one device")
     command.add_argument(
         "--dtype",
@@ -56,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         planned = plan(
             given.preset or str(given.config),
             model,
-            rank=max(1, model.width // 4) if given.rank is None else given.rank,
+            rank=given.rank,
             mesh={} if given.mesh is None else parse_mesh(given.mesh),
             dtype=given.dtype,
             state_dtype=given.state_dtype,

@@ -63,7 +63,8 @@ def check_matrices(
     for path, view in zip(paths, views, strict=True):
         held = [tuple(column[path].shape) for column in columns if path in column]
         if (view is None) == (not held):
-            expected = [] if view is None else [view.batch + x for x in shapes(view.m, view.n)]
+            of_one = lambda v: [v.batch + x for x in shapes(v.m, v.n, v.r)]
+            expected = [] if view is None else of_one(view)
             if held == expected:
                 continue
             raise ValueError(
@@ -92,6 +93,6 @@ def check_fallback(updates: PyTree, state: PyTree) -> None:
                 )
 
 
-def _shapes(rule: Rule, m: int, n: int) -> list[tuple[int, ...]]:
-    of_one = lambda: rule.init(m, n, jnp.float32, jax.random.key(0))
+def _shapes(rule: Rule, m: int, n: int, r: int) -> list[tuple[int, ...]]:
+    of_one = lambda: rule.init(m, n, r, jnp.float32, jax.random.key(0))
     return [x.shape for x in jax.tree.leaves(jax.eval_shape(of_one))]

@@ -28,6 +28,7 @@ from sumo_optax._gradient import (
 )
 from sumo_optax._linalg import at_least_float32, choose, wide
 from sumo_optax._paths import Path, PyTree, part_of, path_string
+from sumo_optax._rank import Rank
 from sumo_optax._view import Side, View
 
 # Numbers in an array of a group: a step holds ten such stacks for a moment.
@@ -37,11 +38,12 @@ _LARGEST_STACK = 2**24
 class Rule(NamedTuple):
     """An optimizer for a stack of B matrices m x n. Its state is a tuple of trees of arrays.
 
-    init(m, n, dtype, key) -> the state of one matrix
+    init(m, n, r, dtype, key) -> the state of one matrix
     due(t, state, phase) -> (B,): which matrices have a new basis in this step
     step(G, state, t, due, keys) -> Update, state; due is None where G is projected, which allows no
       new basis; keys() gives (B,) keys that depend on the leaf and t alone
-    axes(m, n) -> a tree like the state with the names of each array's axes, as "mr" or "rn"
+    axes(m, n, r) -> a tree like the state with the names of each array's axes, as "mr" or "rn"
+    rank: from which each leaf has its r, at most the short side
     side: which side of the matrix is m
     stagger: whether leaves have a phase, from 0 to 1, each; else it is 0
     drifts: whether a basis moves by little in every step, less than few bits can tell
@@ -51,18 +53,19 @@ class Rule(NamedTuple):
     init: Callable[..., tuple[PyTree, ...]]
     due: Callable[..., jax.Array]
     step: Callable[..., tuple[Update, tuple[PyTree, ...]]]
-    axes: Callable[[int, int], tuple[PyTree, ...]]
+    axes: Callable[[int, int, int], tuple[PyTree, ...]]
+    rank: Rank
     side: Side = "long"
     stagger: bool = False
     drifts: bool = False
     packed: int = 1
 
     def words(self, view: View) -> list[str]:
-        return jax.tree.leaves(self.axes(view.m, view.n))
+        return jax.tree.leaves(self.axes(view.m, view.n, view.r))
 
     def structure(self) -> Any:
         """Of a state, also where there is no matrix."""
-        return jax.tree.structure(self.axes(1, 1))
+        return jax.tree.structure(self.axes(1, 1, 1))
 
 
 Step = Callable[..., tuple[list[jax.Array], list[list[jax.Array]], jax.Array]]
@@ -74,6 +77,7 @@ class Group(NamedTuple):
     batch: tuple[int, ...]  # of a leaf
     m: int
     n: int
+    r: int
     dtype: jnp.dtype
     projected: bool
     phase: float
@@ -86,7 +90,7 @@ class Group(NamedTuple):
 def groups_of(
     rule: Rule, matrices: list[tuple[Path, Any, Any]], sizes: list[int], phases: dict[Path, float]
 ) -> list[Group]:
-    """Leaves of one shape go together, however they lie, up to a size of state.
+    """Leaves of one shape and rank go together, however they lie, up to a size of state.
 
     `phases` are of staggered refreshes, `sizes` of the largest array in each leaf's state.
     """
@@ -95,7 +99,8 @@ def groups_of(
         projected, phase = is_projected(G), phases.get(path, 0.0)
         mesh = _layout.mesh_sizes(jax.tree.leaves(G)[0])
         turns = 1 if projected else _turns(view, sizes[k], mesh)
-        traits = (view.batch, view.m, view.n, G.dtype, projected, phase, turns, math.prod(mesh))
+        sizes_of_one = (view.batch, view.m, view.n, view.r)
+        traits = (*sizes_of_one, G.dtype, projected, phase, turns, math.prod(mesh))
         alike.setdefault((part_of(path), traits), []).append(k)
     layer = lambda k: " ".join(re.findall(r"\d+", path_string(matrices[k][0])))
     groups = []

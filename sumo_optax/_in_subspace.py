@@ -20,6 +20,7 @@ from sumo_optax._group import Rule
 from sumo_optax._linalg import choose
 from sumo_optax._matrix import lift
 from sumo_optax._paths import PyTree, map_named
+from sumo_optax._rank import Rank
 from sumo_optax._view import Side
 
 SubspaceBasis = Literal["randomized_svd", "svd", "random", "online_pca"]
@@ -54,7 +55,7 @@ class OnlinePCA(NamedTuple):
 
 def scale_in_subspace(
     inner: optax.GradientTransformation,
-    rank: int = 128,
+    rank: Rank = 0.25,
     *,
     basis: SubspaceBasis = "randomized_svd",
     refresh_every: int | None = None,
@@ -79,7 +80,7 @@ def scale_in_subspace(
     Args:
       inner: the transformation. Each matrix has its own state of it. It must not read parameters:
         it is given zeros of the shape of :math:`\hat G` for them.
-      rank: r, at least 1; a matrix whose short side is smaller has that side as its rank.
+      rank: r, a number, a fraction of the short side or a function; see :func:`scale_by_sumo`.
       basis: ``"randomized_svd"`` and ``"svd"``: the dominant subspace of the gradient, every
         `refresh_every` steps. ``"random"``: a random one. ``"online_pca"``: that of
         :func:`scale_by_online_subspace_descent`, which moves at every step.
@@ -144,7 +145,7 @@ def scale_in_subspace(
 
 def in_subspace(
     inner: Any,  # a GradientTransformation of the one array PᵀG
-    rank: int,
+    rank: Rank,
     *,
     basis: _subspace.Basis,
     online_pca: OnlinePCA | None,
@@ -156,28 +157,26 @@ def in_subspace(
     **lifted: Any,
 ) -> optax.GradientTransformationExtraArgs:
     _check.transformation("inner", inner)
-    rank = _check.integer("rank", rank, least=1)
     refresh_every = _check.integer("refresh_every", refresh_every, least=1)
     _check.choice("side", side, get_args(Side))
     _check.number("scale", scale, above=0)
 
-    def start(m, n, dtype):
-        r = min(rank, m, n)
+    def start(m, n, r, dtype):
         P = jnp.zeros((m, r), dtype)
         projector = () if online_pca is None else online_pca.optimizer.init(P)
         return P, projector, inner.init(jnp.zeros((r, n), dtype))
 
-    def init(m, n, dtype, key):
-        return start(m, n, dtype)
+    def init(m, n, r, dtype, key):
+        return start(m, n, r, dtype)
 
-    def axes(m, n):
+    def axes(m, n, r):
         """Arrays of the optimizers that are like P or like Ĝ lie as these do."""
-        P, projector, inner_state = jax.eval_shape(lambda: start(m, n, jnp.float32))
+        P, projector, inner_state = jax.eval_shape(lambda: start(m, n, r, jnp.float32))
         like = lambda shape, word: lambda x: word if x.shape == shape else ""
         return (
             "mr",
             jax.tree.map(like(P.shape, "mr"), projector),
-            jax.tree.map(like((P.shape[1], n), "rn"), inner_state),
+            jax.tree.map(like((r, n), "rn"), inner_state),
         )
 
     def due(t, state, phase):
@@ -209,7 +208,8 @@ def in_subspace(
         return Update(P, scale * delta), (P_new, projector, inner_state)
 
     drifts = online_pca is not None
-    return lift(Rule(init, due, step, axes, side, stagger, drifts), SubspaceState, **lifted)
+    rule = Rule(init, due, step, axes, rank, side, stagger, drifts)
+    return lift(rule, SubspaceState, **lifted)
 
 
 def _moved(pca: OnlinePCA, gradient, P, state, t) -> tuple[jax.Array, PyTree]:

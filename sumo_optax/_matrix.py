@@ -23,6 +23,7 @@ from sumo_optax._group import (
 from sumo_optax._linalg import wide
 from sumo_optax._paths import Path, PyTree, named_leaves, path_string, whole_of
 from sumo_optax._quantize import bits_of, in_few_bits
+from sumo_optax._rank import check_rank, with_ranks
 from sumo_optax._view import View, matrix_views
 
 MATRIX, FALLBACK = "matrix", "fallback"
@@ -44,6 +45,7 @@ def lift(
     tree like the parameters for every array: batch axes in front for a matrix, a `MaskedNode` for
     any other leaf.
     """
+    check_rank(rule.rank)
     _check.state_dtype(state_dtype)
     if fallback is not None:
         _check.transformation("fallback", fallback, or_else="None")
@@ -54,11 +56,15 @@ def lift(
         optax.scale_by_adam() if fallback is None else fallback
     )
 
+    def views_of(tree):
+        views = matrix_views(tree, weight_dimension_numbers, rule.side)
+        return with_ranks(views, rule.rank, tree)
+
     def init(params):
         _check.arrays("params", params, numbers=True)
         leaves, treedef = jax.tree.flatten(params)
         advise(weight_dimension_numbers, params)
-        views = matrix_views(params, weight_dimension_numbers, rule.side)
+        views = views_of(params)
         key = jax.random.key(seed)
         states, words = [], []
         for path, leaf, view in zip(named_leaves(params), leaves, views, strict=True):
@@ -69,7 +75,7 @@ def lift(
             _check_real(path, leaf)
             dtype = wide(leaf.dtype)
             key_of_leaf = jax.random.fold_in(jax.random.fold_in(key, hash_of(path)), 0)
-            one = rule.init(view.m, view.n, dtype, key_of_leaf)
+            one = rule.init(view.m, view.n, view.r, dtype, key_of_leaf)
             one = _stacked(one, view.batch, dtype if state_dtype is None else state_dtype)
             words.append(rule.words(view))
             states.append(_layout.placed(jax.tree.leaves(one), leaf, view, words[-1]))
@@ -92,7 +98,7 @@ def lift(
             [jax.ShapeDtypeStruct(x.shape, x.dtype) if is_projected(x) else x for x in leaves]
         )
         paths = list(named_leaves(shapes))
-        views = matrix_views(shapes, weight_dimension_numbers, rule.side)
+        views = views_of(shapes)
         for path, G, view in zip(paths, leaves, views, strict=True):
             _check_projected(path, G, view, params)
         _fit.check_matrices(rule, paths, views, trees)

@@ -7,6 +7,12 @@ Where this differs from the paper and the authors' code:
    [U, GV] and [V, GᵀU], m x 2r and n x 2r. Where 2r exceeds n there is less to add than r columns.
 3. Directions whose singular value is lost in rounding give 0, not noise. The factors keep r
    orthonormal columns all the same, the old ones where the momentum has no new.
+4. The momentum is the sum beta M + G of the authors' code. A mean has the same U and V, and so the
+   same update with d = 1.
+5. The complement has the U and V of before the step, as the authors' code by default. It is what
+   the momentum does not see of G, and needs no product with G that the momentum does not. In the
+   first step it is what the SVD leaves out.
+6. Updates are scaled by `consistent_rms * sqrt(m)`; None is the paper's and the code's.
 """
 
 from typing import Any, NamedTuple
@@ -22,6 +28,7 @@ from sumo_optax._group import Rule
 from sumo_optax._linalg import above_rounding, orthonormal_columns, svd
 from sumo_optax._matrix import descend, lift
 from sumo_optax._paths import PyTree
+from sumo_optax._rank import Rank
 
 
 class MofasgdState(NamedTuple):
@@ -41,7 +48,7 @@ class MofasgdState(NamedTuple):
 
 
 def scale_by_mofasgd(
-    rank: int = 32,
+    rank: Rank = 0.25,
     *,
     momentum: optax.ScalarOrSchedule = 0.95,
     inverse_limit: jax.typing.ArrayLike | None = None,
@@ -62,20 +69,22 @@ def scale_by_mofasgd(
       \begin{aligned}
       U \,\mathrm{diag}(s)\, V^\top &\leftarrow \mathrm{SVD}_r\left(
         U U^\top G + G V V^\top - U U^\top G V V^\top + \beta M \right) \\
-      D &= \rho \sqrt{m} \; U \,\mathrm{diag}(d)\, V^\top + c \, (I - U U^\top) G (I - V V^\top)
+      D &= \rho \sqrt{m} \; U \,\mathrm{diag}(d)\, V^\top
+        + c \, (I - U_- U_-^\top) G (I - V_- V_-^\top)
       \end{aligned}
 
-    with :math:`d_i = 1`: the update's r singular values are all the same. The full right side of
-    the first line is never formed. The state is (m + n + 1) r numbers a matrix.
+    with :math:`d_i = 1`: the update's r singular values are all the same. :math:`U_-` and
+    :math:`V_-` are those before the first line, whose full right side is never formed. The state is
+    (m + n + 1) r numbers a matrix.
 
     Args:
-      rank: r, at least 1; a matrix whose short side is smaller has that side as its rank.
+      rank: r, a number, a fraction of the short side or a function; see :func:`scale_by_sumo`.
       momentum: :math:`\beta`, in [0, 1), or a schedule of it. The authors warm it up, from 0.65 to
         0.85 or from 0.75 to 0.95 over 300 steps.
       inverse_limit: a number > 0 makes :math:`d_i = \min(1 / s_i, \text{limit})`, the form of the
         authors' released configurations.
-      complement: c >= 0, the part of the gradient outside both subspaces that is added. 0 spares
-        its two further products.
+      complement: c >= 0, how much is added of the gradient outside both subspaces, which the
+        momentum does not see.
       consistent_rms: :math:`\rho` > 0 above, so that an update's root mean square depends on the
         rank, not on the shape. None for a factor of 1.
       weight_dimension_numbers, fallback, skip_nonfinite, state_dtype, seed: those of
@@ -101,17 +110,16 @@ def scale_by_mofasgd(
       >>> params = optax.apply_updates(params, updates)
 
     References:
-      `arXiv 2507.08091 <https://arxiv.org/abs/2507.08091>`_, Algorithm 1.
+      `arXiv 2507.08091 <https://arxiv.org/abs/2507.08091>`_, Algorithm 1, which is had with
+      ``**sumo_optax.presets.MOFASGD``.
     """
-    rank = _check.integer("rank", rank, least=1)
     if not callable(momentum):
         _check.number("momentum", momentum, least=0, below=1)
     _check.number("inverse_limit", inverse_limit, above=0, optional=True)
     _check.number("complement", complement, least=0)
     _check.number("consistent_rms", consistent_rms, above=0, optional=True)
 
-    def init(m, n, dtype, key):
-        r = min(rank, n)
+    def init(m, n, r, dtype, key):
         return jnp.zeros((m, r), dtype), jnp.zeros(r, dtype), jnp.zeros((n, r), dtype)
 
     def due(t, state, phase):
@@ -130,7 +138,8 @@ def scale_by_mofasgd(
             return U_new, jnp.zeros_like(V), random / n**0.5
 
         U, V, spare = _subspace.refreshed(due, begin, (U, V, V))
-        U, s, V = _tangent_step(G, (U, s[:, None], V), beta, spare)
+        seen = _Seen.of(G, U, V)
+        U, s, V = _tangent_step(seen, s[:, None], beta, spare)
 
         d = jnp.where(above_rounding(s), 1.0, 0.0)
         if inverse_limit is not None:
@@ -138,11 +147,11 @@ def scale_by_mofasgd(
         scale = 1.0 if consistent_rms is None else consistent_rms * max(G.shape) ** 0.5
         D = Update(U, (scale * V * d).mT)
         if complement:
-            D = _with_complement(D, G, V, complement)
+            D = _with_complement(D, seen, complement)
         return D, (U, s[:, 0], V)
 
     return lift(
-        Rule(init, due, step, lambda m, n: ("mr", "r", "nr")),
+        Rule(init, due, step, lambda m, n, r: ("mr", "r", "nr"), rank),
         MofasgdState,
         fallback=fallback,
         weight_dimension_numbers=weight_dimension_numbers,
@@ -152,28 +161,39 @@ def scale_by_mofasgd(
     )
 
 
-def _with_complement(D: Update, G: WholeGradients, V: jax.Array, c: float) -> Update:
-    """D + c (I - UUᵀ) G (I - VVᵀ): c G, and a part of rank 2r in which G is only read."""
-    U, right, _ = D
-    GU, GV = G.left_product(U), G.right_product(V)
-    beyond = GV - U @ (U.mT @ GV)
-    left = jnp.concatenate([U, beyond], axis=-1)
-    right = jnp.concatenate([right - c * GU, -c * V.mT], axis=-2)
+class _Seen(NamedTuple):
+    """All that a step sees of G: its products with the U and V of before the step."""
+
+    U: jax.Array
+    V: jax.Array
+    UG: jax.Array  # UᵀG
+    C: jax.Array  # UᵀGV
+    beyond: jax.Array  # GV - UC
+
+    @classmethod
+    def of(cls, G: WholeGradients, U: jax.Array, V: jax.Array) -> "_Seen":
+        GV = G.right_product(V)
+        C = U.mT @ GV
+        return cls(U, V, G.left_product(U), C, GV - U @ C)
+
+
+def _with_complement(D: Update, seen: _Seen, c: float) -> Update:
+    """D + c (I - UUᵀ) G (I - VVᵀ): c G, and a part of rank 3r."""
+    left = jnp.concatenate([D.left, seen.U, seen.beyond], axis=-1)
+    right = jnp.concatenate([D.right, -c * seen.UG, -c * seen.V.mT], axis=-2)
     return Update(left, right, jnp.full_like(right[:, :1], c))
 
 
-def _tangent_step(G: WholeGradients, state, beta: jax.typing.ArrayLike, spare: jax.Array):
+def _tangent_step(seen: _Seen, s: jax.Array, beta: jax.typing.ArrayLike, spare: jax.Array):
     """SVD_r of the projection of G on the tangent space at (U, V), plus beta M.
 
     With GV = U C + X R and GᵀU = V Cᵀ + Y S, X and Y orthonormal to U and V, the sum is
     [U X] [[C + beta diag(s), Sᵀ], [R, 0]] [V Y]ᵀ. Where that has rank less than r, the columns of
     U and those of `spare` take the places left in the new U and V.
     """
-    U, s, V = state
-    GV, GU = G.right_product(V), G.left_product(U).mT
-    C = U.mT @ GV
-    X, R = _beyond(GV - U @ C)
-    Y, S = _beyond(GU - V @ C.mT)
+    U, V, UG, C, beyond = seen
+    X, R = _beyond(beyond)
+    Y, S = _beyond(UG.mT - V @ C.mT)
     I = jnp.eye(s.shape[-1], dtype=s.dtype)[None]
     core = jnp.block([[C + beta * s * I, S.mT], [R, jnp.zeros_like(R)]])
     W, s, Z = svd(core)
@@ -201,7 +221,7 @@ def _completed(columns: jax.Array, found: jax.Array, spare: jax.Array) -> jax.Ar
 
 def mofasgd(
     learning_rate: optax.ScalarOrSchedule,
-    rank: int = 32,
+    rank: Rank = 0.25,
     *,
     momentum: optax.ScalarOrSchedule = 0.95,
     inverse_limit: jax.typing.ArrayLike | None = None,

@@ -1,7 +1,12 @@
 """Online Subspace Descent, arXiv 2408.12857: a subspace that online PCA moves at every step.
 
-The step itself, and where it fills in the paper, is `_in_subspace`'s. The orthogonality penalty is
-the paper's 0.1; the authors' code leaves the term out (0).
+The step itself, and where it fills in the paper, is `_in_subspace`'s. Of what is here:
+1. The orthogonality penalty is the paper's 0.1; the authors' code leaves the term out (0).
+2. The projector's learning rate is by default the authors' code's, 1/200 times the main schedule
+   over its peak. The paper's, five times the main one, is had with None.
+3. The paper's P decays at its own learning rate, as the weights do at theirs. That is
+   `optax.add_decayed_weights` in `projector`, which is given P for the parameters. There is none by
+   default; the authors' code has PyTorch's AdamW there, whose decay is 0.01.
 """
 
 from typing import Any
@@ -15,11 +20,14 @@ from sumo_optax import _check
 from sumo_optax._axes import WeightDimensionNumbers
 from sumo_optax._in_subspace import OnlinePCA, in_subspace
 from sumo_optax._matrix import descend
+from sumo_optax._rank import Rank
 from sumo_optax._view import Side
+
+_PAPERS_RATIO = 5.0  # of the projector's learning rate to the main one
 
 
 def scale_by_online_subspace_descent(
-    rank: int = 128,
+    rank: Rank = 0.25,
     *,
     inner: optax.GradientTransformation | None = None,
     projector: optax.GradientTransformation | None = None,
@@ -50,11 +58,11 @@ def scale_by_online_subspace_descent(
     side.
 
     Args:
-      rank: r, at least 1; a matrix whose short side is smaller has that side as its rank.
+      rank: r, a number, a fraction of the short side or a function; see :func:`scale_by_sumo`.
       inner: the transformation of projected gradients, by default ``optax.scale_by_adam()``; see
         :func:`scale_in_subspace`.
       projector: the transformation of P's gradient, by default ``optax.scale_by_adam()``;
-        ``optax.identity()`` is gradient descent and holds nothing.
+        ``optax.identity()`` is gradient descent and holds nothing. For parameters it is given P.
       projector_learning_rate: :math:`\eta_P` >= 0, or a schedule of it.
       orthogonality: :math:`\rho` >= 0. 0.1 is the paper's, 0 its authors' code.
       side: which side of the matrix is projected, ``"short"`` or ``"long"``.
@@ -105,11 +113,11 @@ def scale_by_online_subspace_descent(
 
 def online_subspace_descent(
     learning_rate: optax.ScalarOrSchedule,
-    rank: int = 128,
+    rank: Rank = 0.25,
     *,
     inner: optax.GradientTransformation | None = None,
     projector: optax.GradientTransformation | None = None,
-    projector_learning_rate: optax.ScalarOrSchedule = 0.005,
+    projector_learning_rate: optax.ScalarOrSchedule | None = 0.005,
     orthogonality: jax.typing.ArrayLike = 0.1,
     side: Side = "short",
     scale: jax.typing.ArrayLike = 1.0,
@@ -139,7 +147,7 @@ def online_subspace_descent(
       weight_dimension_numbers, skip_nonfinite, state_dtype, seed: likewise.
       projector_learning_rate: a schedule, or a number >= 0; where `learning_rate` is a schedule
         the number is that at its peak, and has its shape. The peak is looked for up to step 10
-        million.
+        million. None is five times `learning_rate`.
       weight_decay, weight_decay_mask: those of :func:`sumo`.
       adam_b1, adam_b2, adam_eps, adam_weight_decay, adam_learning_rate: likewise.
 
@@ -162,18 +170,15 @@ def online_subspace_descent(
       True
 
     References:
-      `arXiv 2408.12857 <https://arxiv.org/abs/2408.12857>`_, Algorithm 1.
+      `arXiv 2408.12857 <https://arxiv.org/abs/2408.12857>`_, Algorithm 1, which is had with
+      ``**sumo_optax.presets.ONLINE_SUBSPACE_DESCENT``.
     """
-    projector_rate = projector_learning_rate
-    if callable(learning_rate) and not callable(projector_learning_rate):
-        _check.number("projector_learning_rate", projector_learning_rate, least=0)
-        projector_rate = _with_shape_of(learning_rate, projector_learning_rate)
     return optax.chain(
         scale_by_online_subspace_descent(
             rank,
             inner=inner,
             projector=projector,
-            projector_learning_rate=projector_rate,
+            projector_learning_rate=_projector_rate(learning_rate, projector_learning_rate),
             orthogonality=orthogonality,
             side=side,
             scale=scale,
@@ -192,6 +197,18 @@ def online_subspace_descent(
             weight_dimension_numbers,
         ),
     )
+
+
+def _projector_rate(
+    main: optax.ScalarOrSchedule, own: optax.ScalarOrSchedule | None
+) -> optax.ScalarOrSchedule:
+    if own is None:
+        _check.scheduled("learning_rate", main)
+        return (lambda t: _PAPERS_RATIO * main(t)) if callable(main) else _PAPERS_RATIO * main
+    if callable(main) and not callable(own):
+        _check.number("projector_learning_rate", own, least=0)
+        return _with_shape_of(main, own)
+    return own
 
 
 def _with_shape_of(schedule: optax.Schedule, peak: jax.typing.ArrayLike) -> optax.Schedule:

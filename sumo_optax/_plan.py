@@ -72,7 +72,7 @@ class Plan(NamedTuple):
     model: str
     parameters: int  # how many, all devices together
     dtype: str
-    rank: int
+    rank: int | float
     tokens: int  # of the sequence that `fused` is for
     mesh: dict[str, int]
     rows: tuple[Row, ...]
@@ -122,7 +122,7 @@ def plan(
     name: str,
     model: Model,
     *,
-    rank: int,
+    rank: int | float,
     mesh: dict[str, int],
     dtype: str,
     state_dtype: str | None = None,
@@ -200,7 +200,7 @@ PROJECTED = {
 
 
 def optimizers(
-    rank: int, state_dtype: str | None = None
+    rank: int | float, state_dtype: str | None = None
 ) -> dict[str, optax.GradientTransformation]:
     """AdamW first; the others train embedding, head and norms with Adam."""
     galore = scale_in_subspace(optax.scale_by_adam(), rank, basis="svd", state_dtype=state_dtype)

@@ -145,7 +145,7 @@ def quantize_state(
 def in_few_bits(rule: Rule, bits: int) -> Rule:
     """The rule with arrays of two axes in few bits; norms, singular values and counters stay."""
 
-    def axes(m, n):
+    def axes(m, n, r):
         """Of a quantised array twice: capitals are blocks of a side."""
 
         def of(path, word, of_leaf):
@@ -156,15 +156,15 @@ def in_few_bits(rule: Rule, bits: int) -> Rule:
             squares = _are_squares(path)
             return Quantized(of_leaf, blocks, axis, squares, not (squares or rule.drifts))
 
-        return jax.tree.map_with_path(of, rule.axes(1, 1), rule.axes(m, n))
+        return jax.tree.map_with_path(of, rule.axes(1, 1, 1), rule.axes(m, n, r))
 
-    like = axes(1, 1)
+    like = axes(1, 1, 1)
 
-    def init(m, n, dtype, key):
+    def init(m, n, r, dtype, key):
         def of(q, x):
             return quantized(x, bits, q.axis, q.squares, q.nearest) if _is_quantized(q) else x
 
-        return jax.tree.map(of, like, rule.init(m, n, dtype, key), is_leaf=_is_quantized)
+        return jax.tree.map(of, like, rule.init(m, n, r, dtype, key), is_leaf=_is_quantized)
 
     def step(G, state, t, due, keys):
         D, new = rule.step(G, dequantized(state), t, due, keys)

@@ -16,6 +16,7 @@ from sumo_optax._in_subspace import SubspaceState
 from sumo_optax._mofasgd import MofasgdState
 from sumo_optax._paths import Path, PyTree, named_leaves, path_string
 from sumo_optax._quantize import dequantized
+from sumo_optax._rank import Rank
 from sumo_optax._sumo import SumoState, sumo
 
 _TOLD = "weight_dimension_numbers says so"
@@ -79,13 +80,14 @@ class Report(NamedTuple):
         return "\n".join(lines)
 
 
-def describe(tx_or_rank: optax.GradientTransformation | int, params: PyTree) -> Report:
+def describe(tx_or_rank: optax.GradientTransformation | Rank, params: PyTree) -> Report:
     """What an optimizer will do with each leaf of a tree, and the bytes it will hold.
 
     Nothing is allocated: the state's shapes come from ``jax.eval_shape``.
 
     Args:
-      tx_or_rank: any optax transformation, or a rank, which stands for ``sumo`` of that rank.
+      tx_or_rank: any optax transformation, or a rank, a fraction or a function as ``sumo`` takes
+        them, which stands for ``sumo`` of that rank.
       params: tree of arrays or ``jax.ShapeDtypeStruct``.
 
     Returns:
@@ -108,7 +110,8 @@ def describe(tx_or_rank: optax.GradientTransformation | int, params: PyTree) -> 
       dense/kernel  (512,128)  matrix  512 x 128  out   16    40.0 KiB  512.0 KiB
       65,536 parameters, 1 matrices; optimizer state 40.0 KiB, 8% of AdamW's 512.0 KiB
     """
-    tx = sumo(1.0, tx_or_rank) if isinstance(tx_or_rank, int) else tx_or_rank
+    is_rank = isinstance(tx_or_rank, (int, float)) or callable(tx_or_rank)
+    tx = sumo(1.0, tx_or_rank) if is_rank else tx_or_rank
     _check.transformation("tx_or_rank", tx, or_else="a rank")
     if _is_state(params):
         raise TypeError("params must be a tree of parameters, got the state of an optimizer")

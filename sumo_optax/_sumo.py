@@ -27,6 +27,7 @@ from sumo_optax._group import Rule
 from sumo_optax._linalg import PolarMethod, check_polar_method, column_norms, polar_factor
 from sumo_optax._matrix import descend, lift
 from sumo_optax._paths import PyTree
+from sumo_optax._rank import Rank
 from sumo_optax._view import Side
 
 Residual = Literal["gradient", "scaled"] | None
@@ -51,7 +52,7 @@ class SumoState(NamedTuple):
 
 
 def scale_by_sumo(
-    rank: int = 128,
+    rank: Rank = 0.25,
     *,
     refresh_every: int | None = None,
     stagger: bool = False,
@@ -87,7 +88,9 @@ def scale_by_sumo(
     :math:`M \leftarrow Q'^\top Q M`. The state is (m + n) r + 2 numbers a matrix.
 
     Args:
-      rank: r, at least 1; a matrix whose short side is smaller has that side as its rank.
+      rank: r, an integer of at least 1; or a float in (0, 1], that fraction of the matrix's short
+        side, rounded up to a multiple of 8; or a function of a leaf's path, such as
+        ``"dense/kernel"``, and its shape that returns either. The short side is the largest rank.
       refresh_every: steps from one move of the basis to the next, at least 1. By default 10 with
         ``basis="tracking"``, else 200.
       stagger: whether each leaf moves its basis at a step of its own, evenly over the interval, so
@@ -150,12 +153,11 @@ def scale_by_sumo(
       >>> params = optax.apply_updates(params, updates)
 
     References:
-      `arXiv 2505.24749 <https://arxiv.org/abs/2505.24749>`_, Algorithm 1, which is had exactly with
-      ``residual="gradient", basis="randomized_svd", side="long", consistent_rms=None,
-      nesterov=False, momentum=0.95``. The scaled residual is Fira's, `arXiv 2410.01623
+      `arXiv 2505.24749 <https://arxiv.org/abs/2505.24749>`_, Algorithm 1, which is had with
+      ``**sumo_optax.presets.SUMO``, and exactly if ``basis="svd"`` takes the place of the
+      preset's randomised SVD. The scaled residual is Fira's, `arXiv 2410.01623
       <https://arxiv.org/abs/2410.01623>`_, section 4.
     """
-    rank = _check.integer("rank", rank, least=1)
     if refresh_every is None:
         refresh_every = 10 if basis == "tracking" else 200
     refresh_every = _check.integer("refresh_every", refresh_every, least=1)
@@ -168,8 +170,7 @@ def scale_by_sumo(
     _subspace.check_basis(basis)
     _check.choice("side", side, get_args(Side))
 
-    def init(m, n, dtype, key):
-        r = min(rank, m, n)
+    def init(m, n, r, dtype, key):
         Q = _subspace.start(m, r, dtype, key, basis)
         return Q, jnp.zeros((r, n), dtype), jnp.zeros((), dtype), jnp.ones((), dtype)
 
@@ -220,7 +221,8 @@ def scale_by_sumo(
             Q, M = moved(Q, M, lambda: _subspace.track(G, Q, O))
         return D, (Q, M, norm, captured)
 
-    rule = Rule(init, due, step, lambda m, n: ("mr", "rn", "", ""), side, stagger)
+    axes = lambda m, n, r: ("mr", "rn", "", "")
+    rule = Rule(init, due, step, axes, rank, side, stagger)
     return lift(
         rule,
         SumoState,
@@ -264,7 +266,7 @@ def _limited(
 
 def sumo(
     learning_rate: optax.ScalarOrSchedule,
-    rank: int = 128,
+    rank: Rank = 0.25,
     *,
     refresh_every: int | None = None,
     stagger: bool = False,

@@ -20,6 +20,7 @@ class View(NamedTuple):
     batch_axes: tuple[int, ...]  # of the leaf
     m_axes: tuple[int, ...]
     n_axes: tuple[int, ...]
+    r: int = 0  # rank of an optimizer's state, where one has been said
 
     @property
     def axes(self) -> tuple[int, ...]:

@@ -103,16 +103,15 @@ def mofasgd_step(G, state, *, momentum, inverse_limit, complement, consistent_rm
     m, n = G.shape
     U, s, V = state
     r = len(s)
-    if np.any(s):
-        PU, PV = U @ U.T, V @ V.T
-        target = PU @ G + G @ PV - PU @ G @ PV + momentum * (U * s) @ V.T
-    else:
-        target = G
+    PU, PV = U @ U.T, V @ V.T
+    started = np.any(s)
+    seen = PU @ G + G @ PV - PU @ G @ PV if started else G
+    target = seen + momentum * (U * s) @ V.T
     U, s, Vt = np.linalg.svd(target, full_matrices=False)
     U, s, V = U[:, :r], s[:r], Vt[:r].T
     d = np.ones(r) if inverse_limit is None else np.minimum(1 / s, inverse_limit)
     d = np.where(s > 4 * EPS32 * s[0], d, 0)
-    outside = (np.eye(m) - U @ U.T) @ G @ (np.eye(n) - V @ V.T)
+    outside = (np.eye(m) - PU) @ G @ (np.eye(n) - PV) if started else G - (U * s) @ V.T
     scale = 1.0 if consistent_rms is None else consistent_rms * np.sqrt(max(m, n))
     return scale * (U * d) @ V.T + complement * outside, (U, s, V)
 
@@ -148,7 +147,7 @@ class Lion:
 
 
 def online_subspace_descent_step(
-    G, P, inner, projector, *, first, projector_learning_rate, rho, scale
+    G, P, inner, projector, *, first, projector_learning_rate, rho, scale, decay=0.0
 ):
     """G has the projected side first. The gradient of L, term by term by the chain rule."""
     D = scale * P @ inner(P.T @ G)
@@ -156,5 +155,5 @@ def online_subspace_descent_step(
         g = G / np.linalg.norm(G)
         E = P @ P.T @ g - g  # L = ||E||² + rho ||PᵀP - I||²
         gradient = 2 * (E @ g.T + g @ E.T) @ P + 4 * rho * P @ (P.T @ P - np.eye(P.shape[1]))
-        P = P - projector_learning_rate * projector(gradient)
+        P = P - projector_learning_rate * (projector(gradient) + decay * P)
     return D, P

@@ -124,6 +124,54 @@ def test_shapes_and_ranks(make, rank):
     assert (basis["tall"], basis["row"]) in [((12, r), (7, 1)), ((6, r), (1, 1))]
 
 
+TWO_RANKS = {name: {"kernel": jnp.ones((24, 16))} for name in "ab"}
+
+
+def quarter_of_a(path, shape):
+    """A rank of 4 for a, of 8 for b, that is half of its 16."""
+    assert shape == (24, 16)
+    return {"a/kernel": 4, "b/kernel": 0.5}[path]
+
+
+@every_transformation
+def test_a_rank_is_a_number_a_fraction_or_a_function(make):
+    def ranks(rank):
+        """Of the bases that init makes, and an update keeps. To a cache 1 and 1.0 are one."""
+        tx = make.__wrapped__(rank=rank)
+        state = jax.eval_shape(tx.init, TWO_RANKS)
+        _, after = jax.eval_shape(tx.update, TWO_RANKS, state)
+        assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
+        basis = jax.eval_shape(dequantized, after).basis
+        return tuple(basis[name]["kernel"].shape[-1] for name in "ab")
+
+    assert ranks(0.25) == (8, 8), "4, up to a multiple of 8"
+    assert ranks(0.5) == ranks(np.float32(0.5)) == ranks(np.int64(8)) == (8, 8)
+    assert ranks(1.0) == ranks(0.9) == ranks(100) == (16, 16) and ranks(1) == (1, 1)
+    assert ranks(quarter_of_a) == (4, 8)
+    assert ranks(lambda path, shape: shape[0]) == (16, 16)
+
+
+@every_transformation_slowly
+def test_ranks_of_one_shape_may_differ_and_a_fraction_is_its_number(make):
+    grads = like(TWO_RANKS, 1)
+
+    def run(rank, names="ab"):
+        tx, own = make(rank=rank), {name: grads[name] for name in names}
+        return jax.jit(tx.update)(own, tx.init(own))
+
+    updates, state = run(quarter_of_a)
+    assert_equal(run(lambda path, _: 4 if path == "a/kernel" else 8), (updates, state))
+    assert_close(updates["a"], run(4, "a")[0]["a"])
+
+
+@every_transformation
+def test_a_wrong_rank_from_a_function_is_refused_with_the_path(make):
+    for wrong, error in ((0, ValueError), (1.5, ValueError), (None, TypeError)):
+        tx = make(rank=lambda path, shape, wrong=wrong: wrong if path == "b/kernel" else 4)
+        with pytest.raises(error, match=f"^the rank of b/kernel must be .* got {wrong}$"):
+            tx.init(TWO_RANKS)
+
+
 @every_transformation
 @pytest.mark.parametrize(
     ("shape", "devices"), [((4, 12, 6), 8), ((2, 2, 6, 12), 8), ((1, 6, 6), 8), ((2, 2, 6, 12), 1)]

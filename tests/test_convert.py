@@ -9,6 +9,7 @@ from contracts import assert_equal, like
 from optax.contrib import MuonDimensionNumbers
 
 import sumo_optax
+from sumo_optax._paths import named_leaves
 
 # Tall, wide, square, stacked, and split over two axes on either side; and leaves that are none.
 SHAPES = {
@@ -128,6 +129,18 @@ def test_another_rank_keeps_the_moment_or_the_best_of_it(states, before, after, 
 @pytest.mark.parametrize("before, after", [("sumo", "mofasgd"), ("mofasgd", "sumo")])
 def test_sumo_and_mofasgd_start_from_each_other(states, before, after):
     check_moments(states[before], MAKE[after](2), 3, 2)
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_a_rank_may_be_a_function_then(states, name):
+    of_leaf = lambda path, shape: 1.0 if path.startswith("square") else 2
+    found = sumo_optax.convert_state(states[name], MAKE[name](of_leaf), PARAMS)
+    ranks = {path: Q.shape[-1] for path, Q in named_leaves(found[1][0].basis).items()}
+    assert {rank for path, rank in ranks.items() if path[0] != "square"} == {2}
+    assert ranks["square", "kernel"] == 6
+    assert_near(moment(found[1][0], "square"), moment(states[name][1][0], "square"))
+    expected = sumo_optax.convert_state(states[name], MAKE[name](2), PARAMS)
+    assert_near(moment(found[1][0], "tall"), moment(expected[1][0], "tall"))
 
 
 def check_moments(state, tx, old_rank, rank):

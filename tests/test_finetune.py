@@ -334,6 +334,7 @@ def refused(capsys, code: int, *words: str) -> None:
         ("--optimizer adam", ["'adam'", "lora"]),
         ("--optimizer adamw --rank 4", ["adamw has no --rank"]),
         ("--rank 0", ["--rank", "at least 1"]),
+        ("--optimizer lora --rank 0.5", ["lora", "integer", "--rank", "0.5"]),
         ("--length 21", ["--length 21", "20 positions"]),
         ("--batch 17", ["--batch 17", "16 training rows"]),
         ("--epochs x", ["--epochs", "'x'"]),

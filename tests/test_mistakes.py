@@ -108,7 +108,7 @@ def test_decay_is_not_negative(make, name):
 @pytest.mark.parametrize(
     "call, error",
     [
-        (lambda: sumo_optax.sumo(128, 1e-3), "rank must be an integer .*got 0.001"),
+        (lambda: sumo_optax.sumo(1e-3, "a quarter"), "rank must be an integer .*got 'a quarter'"),
         (lambda: sumo_optax.scale_in_subspace(8, optax.scale_by_adam()), "inner must be an optax"),
         (lambda: sumo_optax.describe(PARAMS, sumo_optax.sumo(1e-3)), "tx_or_rank must be an optax"),
         (lambda: sumo_optax.state_bytes(PARAMS, sumo_optax.sumo(1e-3)), "tx must be an optax"),

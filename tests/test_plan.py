@@ -238,13 +238,22 @@ def test_table_and_json_say_the_same(capsys):
     assert max(map(len, lines)) <= 100
 
 
+def test_the_default_rank_is_a_quarter_of_the_short_side(capsys):
+    def planned(*arguments):
+        assert program.main(["plan", "--preset", "tiny", "--json", *arguments]) == 0
+        return json.loads(capsys.readouterr().out)["rows"]
+
+    assert planned() == planned("--rank", "32") == planned("--rank", "0.25")
+    assert planned() != planned("--rank", "0.5") == planned("--rank", "64")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "arguments are required: plan"),
         (["plan"], "one of the arguments --preset --config is required"),
         (["plan", "--preset", "8b"], "invalid choice: '8b'"),
-        (["plan", "--preset", "7b", "--rank", "0"], "rank must be an integer of at least 1, got 0"),
+        (["plan", "--preset", "7b", "--rank", "0"], "rank must be an integer of at least 1"),
         (["plan", "--preset", "7b", "--tokens", "0"], "tokens must be an integer of at least 1"),
         (["plan", "--preset", "7b", "--state-dtype", "int3"], "invalid choice: 'int3'"),
         (["plan", "--preset", "7b", "--mesh", "fsdp=0"], "got 'fsdp=0'"),

@@ -112,6 +112,13 @@ def test_describe_takes_shapes_and_any_optimizer():
     assert report.state_bytes == report.adamw_bytes + 4, "Adam's two moments and its counter"
 
 
+def test_describe_takes_any_rank():
+    quarter = sumo_optax.describe(0.25, PARAMS)
+    assert quarter == sumo_optax.describe(sumo_optax.sumo(1e-3), PARAMS)
+    assert quarter == sumo_optax.describe(lambda path, shape: 0.25, PARAMS)
+    assert {leaf.rank for leaf in quarter.leaves if leaf.rank} == {8}
+
+
 def test_nothing_to_hold_at_low_rank_is_an_error_with_the_paths():
     with pytest.raises(ValueError, match=r"no parameter is a matrix.*norm/scale \(16,\)"):
         sumo_optax.describe(4, {"norm": PARAMS["norm"]})

@@ -111,28 +111,6 @@ def test_tracking_agrees_with_float64(refresh_every, side):
             assert relative(updates[t][name], D) < TRAJECTORY, (name, t)
 
 
-def test_paper_is_reachable_by_name():
-    """Algorithm 1 as printed: raw residual, limiter, no scaling, heavy ball, periodic refresh."""
-    tx = sumo_optax.scale_by_sumo(
-        RANK,
-        refresh_every=7,
-        basis="svd",
-        side="long",
-        momentum=0.9,
-        residual="gradient",
-        consistent_rms=None,
-        nesterov=False,
-    )
-    sequence = gradients((40, 16), 3)
-    updates, _ = run(tx, {"tall": sequence}, 3)
-    Q = oracles.top_left_subspace(np.float64(sequence[0]), RANK)
-    M = np.zeros((RANK, 16))
-    for t, G in enumerate(map(np.float64, sequence)):
-        M = 0.9 * M + Q.T @ G
-        D = Q @ oracles.polar(M) + G - Q @ (Q.T @ G)
-        assert relative(updates[t]["tall"], D) < TRAJECTORY
-
-
 def test_moment_is_carried_into_the_new_basis():
     sequence = gradients((40, 16), 2)
     tx = sumo_optax.scale_by_sumo(RANK, refresh_every=1, basis="svd", side="long", momentum=0.9)
@@ -345,9 +323,9 @@ def test_state_dtype_is_what_is_kept():
 @pytest.mark.parametrize(
     "argument, error",
     [
-        ({"rank": 0}, "rank must be an integer of at least 1, got 0"),
-        ({"rank": 2.5}, "rank must be an integer of at least 1, got 2.5"),
-        ({"rank": True}, "rank must be an integer of at least 1, got True"),
+        ({"rank": 0}, "rank must be an integer of at least 1 .* got 0"),
+        ({"rank": 2.5}, r"rank must be .* a float in \(0, 1\], .* got 2.5"),
+        ({"rank": True}, "rank must be .* a function of a leaf's path and shape, got True"),
         ({"refresh_below": 2}, "refresh_below must be a number >= 0 and <= 1, or None, got 2"),
         ({"refresh_every": 0}, "refresh_every must be an integer of at least 1, got 0"),
         ({"momentum": 1.0}, "momentum must be a number >= 0 and < 1, got 1.0"),

@@ -297,6 +297,28 @@ def test_every_optimizer_on_every_model(name, model):
     check_equal(loss, OPTIMIZERS[name](), params, batches(30))
 
 
+def test_a_rank_function_sees_whole_leaves():
+    """Though an update inside the backward pass sees a layer at a time."""
+    params, loss = MODELS["scan"]()
+    asked = set()
+
+    def rank(path, shape):
+        asked.add((path, shape))
+        return 0.5 if shape[0] == LAYERS and "up" in path else 2
+
+    tx = sumo_optax.sumo(1e-2, rank)
+    state = jax.eval_shape(tx.init, params)
+    matrices = {"layers/up/kernel": (LAYERS, WIDTH, HIDDEN)}
+    matrices |= {"layers/down/kernel": (LAYERS, HIDDEN, WIDTH)}
+    assert asked == set(matrices.items())
+    _, _, after = jax.eval_shape(
+        sumo_optax.value_and_update(loss, tx), params, state, batches(1)[0]
+    )
+    assert asked == set(matrices.items())
+    basis = after[0].basis["layers"]
+    assert (basis["up"]["kernel"].shape[-1], basis["down"]["kernel"].shape[-1]) == (8, 2)
+
+
 def on_mesh(tree, mesh, axes):
     """Kernels of layers by rows and columns, other leaves by rows, where the mesh divides them."""
 
