@@ -53,6 +53,20 @@ def test_classifiers_are_the_pythons_that_are_tested():
     assert PROJECT["project"]["requires-python"] == f">=3.{oldest}"
 
 
+def test_the_source_distribution_can_test_itself():
+    """All that tests read is in it; hatchling adds pyproject.toml by itself."""
+    held = PROJECT["tool"]["hatch"]["build"]["targets"]["sdist"]["only-include"]
+    assert all((ROOT / name).exists() for name in held)
+    texts = (path.read_text() for path in (ROOT / "tests").rglob("*.py"))
+    read = {
+        name
+        for text in texts
+        for name in re.findall(r'(?:ROOT|parents\[\d\])\)? / "([^"/]+)', text)
+    }
+    assert {"README.md", "docs", "notebooks"} < read
+    assert read <= {*held, "pyproject.toml"}
+
+
 @pytest.mark.slow
 def test_a_type_checker_sees_signatures(tmp_path):
     """From outside the checkout, by what is installed."""
