@@ -20,7 +20,7 @@ def check(output: RunOptions) -> None:
     for option, (wanted, library) in asked.items():
         if wanted and importlib.util.find_spec(library) is None:
             raise ValueError(
-                f"--{option} needs {library}, which is not there: pip install {library}"
+                f"--{option} needs {library}, which is not installed: pip install {library}"
             )
 
 

@@ -1,6 +1,7 @@
 """What a package index and a type checker see."""
 
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -25,6 +26,27 @@ def test_the_repository_has_one_address():
     }
     assert {match for match, _ in found} == {REPOSITORY}
     assert sum(name.startswith("notebooks/") for _, name in found) == 8
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="the program asks git for its files")
+def test_one_program_sets_the_address(tmp_path):
+    files = {
+        "pyproject.toml": f'[project.urls]\nRepository = "{REPOSITORY}"\nIssues = "{REPOSITORY}"\n',
+        "notebooks/a.py": f'REPOSITORY = "{REPOSITORY}"\n',
+        "other.md": "nothing\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    program = shutil.copytree(ROOT / ".ci", tmp_path / ".ci") / "repository.py"
+    for command in (["init", "--quiet"], ["add", "."]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    new = "https://example.org/some/place"
+    subprocess.run([sys.executable, program, new], check=True)
+    for name, text in files.items():
+        assert (tmp_path / name).read_text() == text.replace(REPOSITORY, new)
+    result = subprocess.run([sys.executable, program, "place"], capture_output=True, text=True)
+    assert result.returncode == 1 and result.stderr.startswith("error: URL must be an address")
 
 
 def test_links_of_the_readme_work_on_an_index():
