@@ -219,7 +219,8 @@ def _model(config: Mapping[str, Any], family: Family) -> Model:
         raise ValueError(
             f"the model_type of a model with experts must be one of {', '.join(known)}"
         )
-    hidden = "moe_intermediate_size" if "moe_intermediate_size" in given else "intermediate_size"
+    of_experts = experts and "moe_intermediate_size" in given
+    hidden = "moe_intermediate_size" if of_experts else "intermediate_size"
     head_width, more = size("head_dim", width // heads), family.more_positions
     traits = dict(family.traits)
     said = [name for flag, names in BIASES.items() if given.get(flag) for name in names]
