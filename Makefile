@@ -8,7 +8,7 @@ COMPILERS := .venv-compile/installed
 # On a CPU, LAPACK's threads and XLA's wait for each other: small factorisations want one.
 export OPENBLAS_NUM_THREADS ?= 1
 
-.PHONY: train test test-slow test-compiled compiled test-docs docs linkcheck notebooks lint dist clean
+.PHONY: train test test-slow test-compiled compiled test-docs docs linkcheck notebooks lint dist repository clean
 
 train: $(INSTALLED)
 	$(BIN)/python examples/pretrain.py
@@ -43,7 +43,14 @@ lint: $(INSTALLED)
 	$(BIN)/pyrefly check
 
 dist: $(INSTALLED)
-	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	$(BIN)/python -m pip install --quiet --editable ".[release]"
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+
+# make repository URL=https://github.com/you/sumo-optax
+repository:
+	$(PYTHON) .ci/repository.py "$(URL)"
+	$(MAKE) notebooks
 
 clean:
 	rm -rf .venv .venv-compile build dist runs docs/_build docs/_generated *.egg-info

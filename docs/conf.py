@@ -1,6 +1,7 @@
 """How `make docs` builds the manual."""
 
 import sys
+import tomllib
 from pathlib import Path
 
 DOCS = Path(__file__).parent
@@ -36,6 +37,14 @@ autodoc_default_options = {"exclude-members": "__new__, __init__"}
 nitpick_ignore_regex = [("py:.*", r"(?!sumo_optax\.).*")]
 
 html_theme = "furo"
+project_file = tomllib.loads((DOCS.parent / "pyproject.toml").read_text())
+repository = project_file["project"]["urls"]["Repository"]
+if "/OWNER/" not in repository:  # it is known
+    html_theme_options = {
+        "source_repository": f"{repository}/",
+        "source_branch": "main",
+        "source_directory": "docs/",
+    }
 html_title = f"sumo_optax {release}"
 html_static_path = ["_static"]
 html_css_files = ["style.css"]

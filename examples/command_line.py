@@ -2,13 +2,14 @@
 
 import contextlib
 import dataclasses
+import difflib
 import io
 import itertools
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import training
 
@@ -60,17 +61,55 @@ def in_one_line() -> Iterator[None]:
         else:
             return
     # tyro frames a message of several lines, then repeats the help: one line is enough.
-    lines = [line.strip("│ ") for line in stderr.getvalue().splitlines()[1:]]
-    message = itertools.takewhile(lambda line: line.strip("─"), lines)
+    _, *framed = [line.strip("│ ") for line in stderr.getvalue().splitlines()]
+    lines = itertools.dropwhile(is_rule, framed)
+    message = itertools.takewhile(lambda line: not is_rule(line), lines)
     words = " ".join(message).removeprefix("Error parsing ")
+    if words.startswith(UNKNOWN):
+        words = unknown(words, framed)
     raise ValueError(re.sub(WRONG_NUMBER, r"must be a number (\1), got '\2'", words))
+
+
+def is_rule(line: str) -> bool:
+    """Whether tyro draws a line there, in Unicode or ASCII, or leaves it empty."""
+    return not line.strip("─-╰╯")
+
+
+UNKNOWN = "Unrecognized options: "
+
+
+def unknown(words: str, similar: list[str]) -> str:
+    """The first unknown option, and the one that tyro takes for the nearest."""
+    option = next((x for x in words.split() if x.startswith("--")), words.removeprefix(UNKNOWN))
+    options = (x for x in similar if x.startswith("--") and not is_rule(x))
+    near = next((line.split()[0] for line in options), None)
+    hint = f"did you mean {near}?" if near else "--help has all options"
+    return f"unknown option {option.rstrip(',')}; {hint}"
+
+
+def choose(what: str, name: str, among: Iterable[str]) -> str:
+    """The name, if it is one of these; else an error that says the nearest."""
+    among = list(among)
+    if name not in among:
+        near = difflib.get_close_matches(name, among, n=1)
+        hint = f"did you mean {near[0]}? There are" if near else "choose among"
+        raise ValueError(f"{what} {name!r}; {hint} {', '.join(among)}")
+    return name
+
+
+def flat(config: Any) -> dict[str, Any]:
+    """The options by name, without their groups."""
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    groups = {name: flat(x) for name, x in values.items() if dataclasses.is_dataclass(x)}
+    options = {name: x for name, x in values.items() if name not in groups}
+    return options | {name: x for group in groups.values() for name, x in group.items()}
 
 
 def check(config: Config) -> Config:
     """The same, if its numbers make sense."""
-    for field in dataclasses.fields(config):  # type: ignore[arg-type]
-        value, flag = getattr(config, field.name), f"--{field.name.replace('_', '-')}"
-        if type(value) is int and value < 1 and field.name not in ("seed", "process"):
+    for name, value in flat(config).items():
+        flag = f"--{name.replace('_', '-')}"
+        if type(value) is int and value < 1 and name not in ("seed", "process"):
             raise ValueError(f"{flag} must be an integer of at least 1, got {value}")
         if type(value) is float and not value >= 0:
             raise ValueError(f"{flag} must be a number of at least 0, got {value}")

@@ -8,6 +8,7 @@ the Hugging Face hub.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -25,6 +26,7 @@ import glue
 import hub
 import jax
 import jax.numpy as jnp
+import loggers
 import lora
 import numpy as np
 import optax
@@ -34,6 +36,7 @@ import tokenizers
 import training
 import tyro
 from flax import nnx
+from options import SETTINGS, RunOptions, optional
 from plot import plot_losses
 from training import State
 
@@ -54,24 +57,28 @@ RANK = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class Base:
-    """Fine-tune a BERT on a task of GLUE."""
+class Choice:
+    """What the defaults of the optimizer's arguments come from."""
+
+    optimizer: Annotated[str, tyro.conf.arg(metavar="|".join(LEARNING_RATES))] = "sumo"
+    """What trains it. lora is AdamW on an addend of low rank to each matrix."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What is trained on what."""
 
     model: str
     """A folder in the form of Hugging Face, or the name of one on its hub."""
     task: Annotated[str, tyro.conf.arg(metavar="|".join(glue.TASKS))] = "rte"
     """What it learns."""
-    data: Path | None = None
-    """A folder with the task's TSV files; by default the task is read from the hub."""
-
-    optimizer: Annotated[str, tyro.conf.arg(metavar="|".join(LEARNING_RATES))] = "sumo"
-    """What trains it, at rank 8 where no other is given; lora is AdamW on an addend of that rank to
-    each matrix, which itself stays as it is."""
+    data: Annotated[Path | None, optional("FOLDER", "the hub")] = None
+    """A folder with the task's TSV files."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(optimizers.Arguments, Base):
-    """Fine-tune a BERT on a task of GLUE."""
+class Training:
+    """How long it is trained, and in which batches."""
 
     epochs: int = 3
     """Times round the training rows."""
@@ -82,30 +89,42 @@ class Config(optimizers.Arguments, Base):
     seed: int = 0
     """Of the classifier, the order of the rows, and dropout."""
 
-    out: Path | None = None
-    """Folder to write to; by default a new runs/TASK-OPTIMIZER."""
-    resume: bool = False
-    """Go on from the last checkpoint."""
-    overwrite: bool = False
-    """Delete the run in the folder first."""
+
+@dataclasses.dataclass(frozen=True)
+class Config(Choice):
+    """Fine-tune a BERT on a task of GLUE."""
+
+    optimization: optimizers.Arguments = optimizers.Arguments()
+    task: Task = Task(model=tyro.MISSING)
+    training: Training = Training()
+    output: RunOptions = RunOptions()
 
 
 # A resumed run must be given all else as it was; what is set is among the optimizer's arguments.
-FREE = ("out", "resume", "overwrite", "set")
+FREE = ("out", "resume", "overwrite", "tensorboard", "wandb", "set")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program; its exit codes are those of `command_line.run`."""
 
     def prepared() -> Finetuning:
-        with command_line.in_one_line():
-            config = tyro.cli(Config, args=argv, config=(tyro.conf.FlagCreatePairsOff,))
-        finetuning = prepare(command_line.check(config))
+        finetuning = prepare(command_line.check(parse(argv)))
         training.look(finetuning.run)
         print_plan(finetuning)
         return finetuning
 
     return command_line.run(prepared, train)
+
+
+def parse(argv: Sequence[str] | None) -> Config:
+    """The command line as a Config; what it leaves out of the optimizer is the optimizer's."""
+    with command_line.in_one_line():
+        chosen, _ = tyro.cli(Choice, args=argv, return_unknown_args=True, add_help=False)
+        options = complete(chosen.optimizer, optimizers.Arguments())
+        if chosen.optimizer == "lora":
+            options["rank"] = RANK
+        default = Config(chosen.optimizer, optimizers.shown(options))
+        return tyro.cli(Config, args=argv, default=default, config=SETTINGS)
 
 
 class Finetuning(NamedTuple):
@@ -121,28 +140,32 @@ class Finetuning(NamedTuple):
 def prepare(config: Config) -> Finetuning:
     """A run, having found out that it can be made."""
     out = run_folder.choose(
-        config.out,
-        Path("runs") / f"{config.task}-{config.optimizer}",
-        resume=config.resume,
-        overwrite=config.overwrite,
+        config.output.out,
+        Path("runs") / f"{config.task.task}-{config.optimizer}",
+        resume=config.output.resume,
+        overwrite=config.output.overwrite,
     )
-    options = complete(config)
-    task = glue.find(config.task)
-    rows = glue.load(config.task, config.data)
-    folder = Path(config.model)
+    loggers.check(config.output)
+    options = complete(config.optimizer, config.optimization)
+    task = glue.find(config.task.task)
+    rows = glue.load(config.task.task, config.task.data)
+    folder = Path(config.task.model)
     if not folder.exists():
-        folder = hub.download(config.model)
+        folder = hub.download(config.task.model)
     shape = bert.read_config(folder)
-    if config.length > shape.positions:
+    if config.training.length > shape.positions:
         raise ValueError(
-            f"--length {config.length} is more than the {shape.positions} positions of the model"
+            f"--length {config.training.length} is more than the {shape.positions} positions of the"
+            " model"
         )
     tokenizer = read_tokenizer(folder)
-    examples, validation = (glue.Examples(x, tokenizer, config.length) for x in rows)
-    if len(examples) < config.batch:
-        raise ValueError(f"--batch {config.batch} is more than the {len(examples)} training rows")
-    per_epoch = len(examples) // config.batch
-    steps = config.epochs * per_epoch
+    examples, validation = (glue.Examples(x, tokenizer, config.training.length) for x in rows)
+    if len(examples) < config.training.batch:
+        raise ValueError(
+            f"--batch {config.training.batch} is more than the {len(examples)} training rows"
+        )
+    per_epoch = len(examples) // config.training.batch
+    steps = config.training.epochs * per_epoch
 
     params, logits = model(folder, shape, max(1, len(task.labels)), config)
     name = "adamw" if config.optimizer == "lora" else config.optimizer
@@ -153,37 +176,37 @@ def prepare(config: Config) -> Finetuning:
     def loss(params: Any, batch: Mapping[str, jax.Array], dropout: jax.Array) -> jax.Array:
         return mean_loss(task, logits(params, batch, dropout), batch["labels"])
 
-    given = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE}
+    given = {k: v for k, v in command_line.flat(config).items() if k not in FREE}
+    what = given | options | {"data": str(config.task.data)}
     run = training.Run(
         out=out,
-        record=given | options | {"data": str(config.data)},
-        resume=config.resume,
-        overwrite=config.overwrite,
+        record=what,
+        resume=config.output.resume,
+        overwrite=config.output.overwrite,
         steps=steps,
         eval_every=per_epoch,
         save_every=per_epoch,
-        units=(config.batch, "rows"),
-        batches=glue.batches(examples, batch=config.batch, seed=config.seed),
+        units=(config.training.batch, "rows"),
+        batches=glue.batches(examples, batch=config.training.batch, seed=config.training.seed),
         batch_sharding=None,
         init=init,
         state=training.on_one_device(jax.eval_shape(init)),
-        compile=lambda: compiled(tx, loss, config.seed),
-        validate=lambda params: evaluate(task, predict, params, validation, config.batch),
+        compile=lambda: compiled(tx, loss, config.training.seed),
+        validate=lambda params: evaluate(task, predict, params, validation, config.training.batch),
         tell=lambda step, found: tell(step / per_epoch, found),
         write_tokenizer=lambda path: tokenizer.save(str(path)),
+        learning_rates=optimizers.learning_rates(options, steps),
+        loggers=functools.partial(loggers.opened, config.output, out, what),
     )
     return Finetuning(config, options, examples, tx, run)
 
 
-def complete(config: Config) -> dict[str, Any]:
+def complete(name: str, given: optimizers.Arguments) -> dict[str, Any]:
     """The optimizer's arguments; LoRA's are those of AdamW."""
-    if config.optimizer not in LEARNING_RATES:
-        raise ValueError(
-            f"unknown optimizer {config.optimizer!r}; choose among {', '.join(LEARNING_RATES)}"
-        )
-    if config.optimizer != "lora":
-        return optimizers.complete(config.optimizer, config, rank=RANK, rates=LEARNING_RATES)
-    given = dataclasses.replace(config, rank=None)
+    command_line.choose("unknown optimizer", name, LEARNING_RATES)
+    if name != "lora":
+        return optimizers.complete(name, given, rank=RANK, rates=LEARNING_RATES)
+    given = dataclasses.replace(given, rank=None)
     rates = {"adamw": LEARNING_RATES["lora"]}
     return optimizers.complete("adamw", given, rank=RANK, rates=rates)
 
@@ -192,13 +215,13 @@ def model(
     folder: Path, shape: bert.BertConfig, classes: int, config: Config
 ) -> tuple[Any, Callable[..., jax.Array]]:
     """What is trained, as it is at first, and the logits from it, a batch and a key of dropout."""
-    blank = bert.Bert(shape, classes, nnx.Rngs(config.seed))
+    blank = bert.Bert(shape, classes, nnx.Rngs(config.training.seed))
     graph = nnx.graphdef(blank)
     params = bert.read_weights(folder, nnx.to_pure_dict(nnx.state(blank, nnx.Param)))
     merge: Callable[[Any], Any] = lambda params: params
     if config.optimizer == "lora":
-        rank = optimizers.integer("lora", config.rank or RANK)
-        params, merge = lora.split(params, rank, jax.random.key(config.seed))
+        rank = optimizers.integer("lora", config.optimization.rank or RANK)
+        params, merge = lora.split(params, rank, jax.random.key(config.training.seed))
 
     def logits(
         params: Any, batch: Mapping[str, jax.Array], dropout: jax.Array | None = None
@@ -235,7 +258,8 @@ def compiled(
         dropout = jax.random.fold_in(jax.random.key(seed), number)
         value, gradients = jax.value_and_grad(loss)(state.params, batch, dropout)
         updates, optimizer = tx.update(gradients, state.optimizer, state.params)
-        return State(optax.apply_updates(state.params, updates), optimizer), {"loss": value}
+        logged = {"loss": value, "gradient_norm": optax.tree.norm(gradients)}
+        return State(optax.apply_updates(state.params, updates), optimizer), logged
 
     return jax.jit(step_function, donate_argnums=1)
 
@@ -266,9 +290,10 @@ def print_plan(finetuning: Finetuning) -> None:
     config, _, examples, tx, run = finetuning
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(run.state.params))
     print(
-        f"{config.model}: {count:,} parameters to train\n"
-        f"{config.optimizer}: {config.epochs} epochs of {len(examples):,} rows of {config.task},"
-        f" {run.steps:,} steps of {config.batch} x {config.length} tokens\n"
+        f"{config.task.model}: {count:,} parameters to train\n"
+        f"{config.optimizer}: {config.training.epochs} epochs of"
+        f" {len(examples):,} rows of {config.task.task},"
+        f" {run.steps:,} steps of {config.training.batch} x {config.training.length} tokens\n"
     )
     print(sumo_optax.describe(tx, run.state.params), end="\n\n")
 
@@ -284,8 +309,8 @@ def train(finetuning: Finetuning) -> None:
     config, options, _, _, run = finetuning
     trained = training.train(run)
     rank = f", rank {options['rank']}" if "rank" in options else ""
-    title = f"{config.task}, {config.optimizer}{rank}"
-    task = glue.find(config.task)
+    title = f"{config.task.task}, {config.optimizer}{rank}"
+    task = glue.find(config.task.task)
     unit = "nats" if task.labels else "squared error"
     plot_losses(trained.rows, title, unit, run.out / "loss.png")
     epochs = [row for row in trained.rows if "validation_loss" in row]

@@ -3,12 +3,16 @@
 import ast
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any
 
 import jax
+import numpy as np
 import optax
 import tyro
+from command_line import choose
+from options import optional
 
 import sumo_optax
 
@@ -32,21 +36,27 @@ SUBSPACE_GRADIENTS: dict[str, dict[str, Any]] = {
 }
 
 
+NONE = "this optimizer has none"
+
+
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """What a command line may say of an optimizer."""
+    """Of the optimizer that is chosen; --help has the defaults of that one."""
 
-    learning_rate: float | None = None
-    """Peak of the schedule; each optimizer has its default."""
-    adam_learning_rate: float | None = None
+    learning_rate: Annotated[float | None, optional("FLOAT", NONE)] = None
+    """Peak of the schedule."""
+    adam_learning_rate: Annotated[float | None, optional("FLOAT", NONE)] = None
     """The same for the Adam that trains embeddings, head, norms and biases."""
-    rank: int | float | None = None
+    rank: Annotated[int | float | None, optional("INT|FLOAT", NONE)] = None
     """Rank of the subspace, or a fraction of each matrix's short side, such as 0.25."""
-    refresh_every: int | None = None
+    refresh_every: Annotated[int | None, optional("INT", "10 with sumo, 200 with galore")] = None
     """Steps between two refreshes of the subspace."""
     weight_decay: float = 0.0
     """Decoupled weight decay."""
-    set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE ...")] = ()
+    set: Annotated[
+        tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]],
+        tyro.conf.arg(metavar="NAME=VALUE ...", help_behavior_hint=""),
+    ] = ()
     """Any other arguments of the optimizer, such as momentum=0.95 residual=None."""
 
     def named(self) -> dict[str, Any]:
@@ -58,6 +68,12 @@ class Arguments:
 def schedule(peak: float, steps: int) -> optax.Schedule:
     """A tenth of the steps up to the peak, the others down a cosine to a tenth of it."""
     return optax.warmup_cosine_decay_schedule(0.0, peak, steps // 10, steps, 0.1 * peak)
+
+
+def learning_rates(options: Mapping[str, Any], steps: int) -> list[float]:
+    """Those of all steps."""
+    rates = jax.vmap(schedule(options["learning_rate"], steps))(np.arange(steps))
+    return np.asarray(rates).tolist()
 
 
 def is_matrix(path: jax.tree_util.KeyPath) -> bool:
@@ -130,12 +146,11 @@ OPTAX = {"galore": galore, "muon": muon, "adamw": adamw}
 
 def find(name: str) -> Callable[..., optax.GradientTransformation]:
     """The function that makes the optimizer of this name."""
-    if name not in LEARNING_RATES:
-        raise ValueError(f"unknown optimizer {name!r}; choose among {', '.join(LEARNING_RATES)}")
+    choose("unknown optimizer", name, LEARNING_RATES)
     return OPTAX.get(name) or getattr(sumo_optax, name)
 
 
-def parse(settings: Sequence[str]) -> dict[str, Any]:
+def parse(settings: Iterable[str]) -> dict[str, Any]:
     """NAME=VALUE, each value as Python reads it or else as a word."""
     options = {}
     for setting in settings:
@@ -160,13 +175,12 @@ def complete(
     """What is given or set, and defaults for the rest; refuses what the optimizer does not have."""
     accepted = inspect.signature(find(name)).parameters
     chosen = {option: value for option, value in given.named().items() if value is not None}
-    settings = parse(given.set)
+    settings = parse(itertools.chain.from_iterable(given.set))
     for option in chosen:
         if option not in accepted:
             raise ValueError(f"{name} has no --{option.replace('_', '-')}; leave it out")
     for option in settings:
-        if option not in accepted:
-            raise ValueError(f"{name} has no {option} to --set; it has {', '.join(accepted)}")
+        choose(f"{name} has nothing to --set that is called", option, accepted)
     learning_rate, adam_learning_rate = rates[name]
     defaults = {
         "learning_rate": learning_rate,
@@ -181,6 +195,12 @@ def complete(
         defaults |= SUBSPACE_GRADIENTS[name]
     known = {option: value for option, value in defaults.items() if option in accepted}
     return known | chosen | settings
+
+
+def shown(options: Mapping[str, Any]) -> Arguments:
+    """These as defaults, for --help to show."""
+    names = Arguments().named()
+    return Arguments(**{name: value for name, value in options.items() if name in names})
 
 
 def create(

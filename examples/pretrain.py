@@ -6,6 +6,7 @@ python examples/pretrain.py --preset 60m --data hf:allenai/c4 --tokenizer bpe:32
 """
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -20,6 +21,8 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import command_line
 import jax
+import jax.numpy as jnp
+import loggers
 import mesh
 import numpy as np
 import optax
@@ -32,6 +35,7 @@ import tyro
 from flax import nnx
 from jax.typing import ArrayLike
 from llama import PRESETS, Llama, LlamaConfig
+from options import SETTINGS, RunOptions, optional
 from plot import plot_losses, plot_subspace
 from training import State
 
@@ -41,35 +45,27 @@ TINY = PRESETS["tiny"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Base:
-    """Pre-train a LLaMA-style language model."""
+class Choice:
+    """What the defaults of all else come from."""
 
     preset: Annotated[str, tyro.conf.arg(metavar="|".join(PRESETS))] = "tiny"
     """Where the defaults of steps, batch, length and the model's shape come from."""
     optimizer: Annotated[str, tyro.conf.arg(metavar="|".join(optimizers.LEARNING_RATES))] = "sumo"
-    """What trains it, at a rank of a quarter of the width where no other is given."""
+    """What trains the model, at a rank of a quarter of its width where no other is given."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(optimizers.Arguments, Base):
-    """Pre-train a LLaMA-style language model."""
+class Choices(Choice):
+    """The same, and what the optimizer's defaults come from."""
 
+    width: int | None = None
     subspace_gradients: bool = False
-    """Between refreshes, backpropagate into the subspaces alone: for sumo and mofasgd."""
-    fused: bool = False
-    """Update each layer inside the backward pass, with clipping by the norm of the step before."""
 
-    data: str | None = None
-    """A text file, a folder or hf:NAME[:CONFIG]; by default the Python standard library."""
-    tokenizer: str = "bytes"
-    """bytes or bpe:SIZE."""
 
-    steps: int = TINY.steps
-    """Steps to train."""
-    batch: int = TINY.batch
-    """Windows in a step."""
-    length: int = TINY.length
-    """Tokens in a window."""
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """The shape of the LLaMA, by default the preset's."""
+
     width: int = TINY.width
     """Width of the model."""
     hidden: int = TINY.hidden
@@ -80,31 +76,74 @@ class Config(optimizers.Arguments, Base):
     """Blocks."""
     scan_layers: bool = False
     """Stack the blocks: one compilation for all of them."""
-    seed: int = 0
-    """Of the initial parameters and the order of the data."""
-    mesh: str | None = None
-    """data=N,fsdp=N,tensor=N: how all devices share the work; by default one does it."""
-    coordinator: str | None = None
-    """HOST:PORT of the first of several processes; job schedulers tell JAX by themselves."""
-    processes: int | None = None
-    """How many processes there are."""
-    process: int | None = None
-    """Which of them this is, from 0."""
 
-    out: Path | None = None
-    """Folder to write to; by default a new runs/PRESET-OPTIMIZER."""
-    resume: bool = False
-    """Go on from the last checkpoint."""
-    overwrite: bool = False
-    """Delete the run in the folder first."""
-    eval_every: int | None = None
-    """Steps between two validations; by default a tenth of all."""
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What it reads."""
+
+    data: Annotated[str | None, optional("WHERE", "Python's standard library")] = None
+    """A text file, a folder or hf:NAME[:CONFIG]."""
+    tokenizer: Annotated[str, tyro.conf.arg(metavar="bytes|bpe:SIZE")] = "bytes"
+    """What makes tokens of text."""
+    batch: int = TINY.batch
+    """Windows in a step."""
+    length: int = TINY.length
+    """Tokens in a window."""
     eval_windows: int = 256
     """Windows of the validation text to validate with."""
-    save_every: int | None = None
-    """Steps between two checkpoints; by default a tenth of all."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """How long and in which way it is trained."""
+
+    steps: int = TINY.steps
+    """Steps to train."""
+    seed: int = 0
+    """Of the initial parameters and the order of the data."""
+    subspace_gradients: bool = False
+    """Between refreshes, backpropagate into the subspaces alone: for sumo and mofasgd."""
+    fused: bool = False
+    """Update each layer inside the backward pass, with clipping by the norm of the step before."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Devices:
+    """What shares the work."""
+
+    mesh: Annotated[str | None, optional("data=N,fsdp=N,tensor=N", "one device")] = None
+    """How all devices share the work."""
+    coordinator: Annotated[str | None, optional("HOST:PORT", "a job scheduler's")] = None
+    """The first of several processes."""
+    processes: Annotated[int | None, optional("INT", "a job scheduler's, or 1")] = None
+    """How many processes there are."""
+    process: Annotated[int | None, optional("INT", "a job scheduler's")] = None
+    """Which of them this is, from 0."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Output(RunOptions):
+    """What is written, where and how often."""
+
+    eval_every: Annotated[int | None, optional("INT", "a tenth of the steps")] = None
+    """Steps between two validations."""
+    save_every: Annotated[int | None, optional("INT", "a tenth of the steps")] = None
+    """Steps between two checkpoints."""
     log_subspace: bool = False
     """Log at every step how the optimizer's subspaces are doing, and draw it at the end."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Choice):
+    """Pre-train a LLaMA-style language model."""
+
+    optimization: optimizers.Arguments = optimizers.Arguments()
+    model: Model = Model()
+    data: Data = Data()
+    training: Training = Training()
+    devices: Devices = Devices()
+    output: Output = Output()
 
 
 # A resumed run must be given all else as it was; what is set is among the optimizer's arguments.
@@ -117,6 +156,8 @@ FREE = (
     "out",
     "resume",
     "overwrite",
+    "tensorboard",
+    "wandb",
     "eval_every",
     "save_every",
 )
@@ -127,7 +168,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def prepared() -> Pretraining:
         config = command_line.check(parse(argv))
-        processes.join(config.coordinator, config.processes, config.process)
+        devices = config.devices
+        processes.join(devices.coordinator, devices.processes, devices.process)
         pretraining = prepare(config)
         training.look(pretraining.run)
         print_plan(pretraining)
@@ -137,13 +179,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str] | None) -> Config:
-    """The command line as a Config; what it leaves out is the preset's."""
+    """The command line as a Config; what it leaves out is the preset's and the optimizer's."""
     with command_line.in_one_line():
-        base, _ = tyro.cli(Base, args=argv, return_unknown_args=True, add_help=False)
-        if base.preset not in PRESETS:
-            raise ValueError(f"no preset {base.preset!r}; choose among {', '.join(PRESETS)}")
-        preset = Config(preset=base.preset, **dataclasses.asdict(PRESETS[base.preset]))
-        return tyro.cli(Config, args=argv, default=preset, config=(tyro.conf.FlagCreatePairsOff,))
+        chosen, _ = tyro.cli(Choices, args=argv, return_unknown_args=True, add_help=False)
+        command_line.choose("no preset", chosen.preset, PRESETS)
+        preset = dataclasses.asdict(PRESETS[chosen.preset])
+        of = lambda group: group(**{k: v for k, v in preset.items() if hasattr(group, k)})
+        shape = Model(width=chosen.width or preset["width"])
+        way = Training(subspace_gradients=chosen.subspace_gradients)
+        options = complete(chosen.optimizer, optimizers.Arguments(), shape, way)
+        default = Config(
+            chosen.preset,
+            chosen.optimizer,
+            optimizers.shown(options),
+            of(Model),
+            of(Data),
+            of(Training),
+        )
+        return tyro.cli(Config, args=argv, default=default, config=SETTINGS)
 
 
 class Pretraining(NamedTuple):
@@ -160,73 +213,85 @@ class Pretraining(NamedTuple):
 def prepare(config: Config) -> Pretraining:
     """A run, having found out that it can be made."""
     out = run_folder.choose(
-        config.out,
+        config.output.out,
         Path("runs") / f"{config.preset}-{config.optimizer}",
-        resume=config.resume,
-        overwrite=config.overwrite,
+        resume=config.output.resume,
+        overwrite=config.output.overwrite,
     )
-    options = optimizers.complete(
-        config.optimizer,
-        config,
-        rank=max(1, config.width // 4),
-        subspace_gradients=config.subspace_gradients,
-    )
+    loggers.check(config.output)
+    options = complete(config.optimizer, config.optimization, config.model, config.training)
     tx = measured(config, optimizer_of(config, options))
     corpus = text.load(
-        config.data,
-        config.tokenizer,
-        length=config.length,
-        batch=config.batch,
-        validation_windows=config.eval_windows,
-        seed=config.seed,
-        earlier=out / "tokenizer.json" if config.resume else None,
+        config.data.data,
+        config.data.tokenizer,
+        length=config.data.length,
+        batch=config.data.batch,
+        validation_windows=config.data.eval_windows,
+        seed=config.training.seed,
+        earlier=out / "tokenizer.json" if config.output.resume else None,
     )
     shape = LlamaConfig(
         vocab=corpus.tokenizer.vocab,
-        width=config.width,
-        hidden=config.hidden,
-        heads=config.heads,
-        layers=config.layers,
-        scan_layers=config.scan_layers,
+        width=config.model.width,
+        hidden=config.model.hidden,
+        heads=config.model.heads,
+        layers=config.model.layers,
+        scan_layers=config.model.scan_layers,
     )
-    init, loss = functions(shape, tx, config.seed)
+    init, loss = functions(shape, tx, config.training.seed)
     state, batch_sharding = training.on_one_device(jax.eval_shape(init)), None
-    if config.mesh is not None:
-        devices = mesh.parse(config.mesh)
+    if config.devices.mesh is not None:
+        devices = mesh.parse(config.devices.mesh)
         state, batch_sharding = on_mesh(devices, tx, state), mesh.batch_sharding(devices)
-        if config.batch % (devices.shape["data"] * devices.shape["fsdp"]):
+        if config.data.batch % (devices.shape["data"] * devices.shape["fsdp"]):
             raise ValueError(
-                f"--batch {config.batch} must be a multiple of data x fsdp in --mesh {config.mesh}"
+                f"--batch {config.data.batch} must be a multiple of data x fsdp in --mesh"
+                f" {config.devices.mesh}"
             )
-    tenth = math.ceil(config.steps / 10)
+    tenth = math.ceil(config.training.steps / 10)
     validation_loss = jax.jit(loss)
+    what = record(config, options, corpus)
     run = training.Run(
         out=out,
-        record=record(config, options, corpus),
-        resume=config.resume,
-        overwrite=config.overwrite,
-        steps=config.steps,
-        eval_every=config.eval_every or tenth,
-        save_every=config.save_every or tenth,
-        units=(config.batch * config.length, "tokens"),
+        record=what,
+        resume=config.output.resume,
+        overwrite=config.output.overwrite,
+        steps=config.training.steps,
+        eval_every=config.output.eval_every or tenth,
+        save_every=config.output.save_every or tenth,
+        units=(config.data.batch * config.data.length, "tokens"),
+        learning_rates=optimizers.learning_rates(options, config.training.steps),
         batches=corpus.batches,
         batch_sharding=batch_sharding,
         init=init,
         state=state,
         compile=lambda: compiled(pretraining),
         validate=lambda params: {
-            "validation_loss": evaluate(validation_loss, params, corpus.validation, config.batch)
+            "validation_loss": evaluate(
+                validation_loss, params, corpus.validation, config.data.batch
+            )
         },
         tell=tell,
         write_tokenizer=corpus.tokenizer.write,
+        loggers=functools.partial(loggers.opened, config.output, out, what),
     )
     pretraining = Pretraining(config, options, corpus, tx, loss, run)
     return pretraining
 
 
+def complete(name: str, given: optimizers.Arguments, model: Model, way: Training) -> dict[str, Any]:
+    """All arguments of the optimizer, at a rank of a quarter of the width unless one is given."""
+    return optimizers.complete(
+        name,
+        given,
+        rank=max(1, model.width // 4),
+        subspace_gradients=way.subspace_gradients,
+    )
+
+
 def record(config: Config, options: dict[str, Any], corpus: text.Corpus) -> dict[str, Any]:
     """What makes a run this run, as JSON."""
-    given = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE}
+    given = {k: v for k, v in command_line.flat(config).items() if k not in FREE}
     data = {
         "vocab": corpus.tokenizer.vocab,
         "validation checksum": zlib.crc32(corpus.validation.tobytes()),
@@ -236,9 +301,9 @@ def record(config: Config, options: dict[str, Any], corpus: text.Corpus) -> dict
 
 def optimizer_of(config: Config, options: dict[str, Any]) -> optax.GradientTransformation:
     """The optimizer, with the clipping that the step can do."""
-    if not config.fused:
-        return optimizers.create(config.optimizer, config.steps, options)
-    if config.subspace_gradients:
+    if not config.training.fused:
+        return optimizers.create(config.optimizer, config.training.steps, options)
+    if config.training.subspace_gradients:
         raise ValueError(
             "--fused updates each layer from its whole gradient; leave out --subspace-gradients"
         )
@@ -248,16 +313,17 @@ def optimizer_of(config: Config, options: dict[str, Any]) -> optax.GradientTrans
             " --optimizer"
         )
     # The global norm is known only when no gradient is left to clip.
-    return optimizers.create(config.optimizer, config.steps, options, sumo_optax.clip_by_last_norm)
+    clip = sumo_optax.clip_by_last_norm
+    return optimizers.create(config.optimizer, config.training.steps, options, clip)
 
 
 def measured(config: Config, tx: optax.GradientTransformation) -> optax.GradientTransformation:
     """The same, measuring its subspaces where that was asked for."""
-    if not config.log_subspace:
+    if not config.output.log_subspace:
         return tx
     if config.optimizer in optimizers.OPTAX:
         raise ValueError(f"{config.optimizer} has no subspace to log; leave out --log-subspace")
-    if config.subspace_gradients:
+    if config.training.subspace_gradients:
         raise ValueError("--log-subspace looks at whole gradients; leave out --subspace-gradients")
     return sumo_optax.with_subspace_metrics(tx)
 
@@ -298,36 +364,38 @@ def compiled(pretraining: Pretraining) -> training.Step:
     value_and_grad = sumo_optax.subspace_value_and_grad(loss)
     value_and_update = sumo_optax.value_and_update(loss, tx)
 
-    def updated(
-        state: State, windows: jax.Array, full: bool
-    ) -> tuple[jax.Array, optax.Params, optax.OptState]:
-        if config.fused:
-            return value_and_update(state.params, state.optimizer, windows)
+    def updated(state: State, windows: jax.Array, full: bool) -> tuple[State, dict[str, jax.Array]]:
+        if config.training.fused:
+            loss, *new = value_and_update(state.params, state.optimizer, windows)
+            # Gradients are never there together; clipping has their norm.
+            squared = optax.tree.get(new[1], "squared")
+            return State(*new), {"loss": loss, "gradient_norm": jnp.sqrt(squared)}
         loss, gradients = value_and_grad(state.params, state.optimizer, windows, full=full)
         updates, optimizer = tx.update(gradients, state.optimizer, state.params)
-        return loss, optax.apply_updates(state.params, updates), optimizer
+        params = optax.apply_updates(state.params, updates)
+        norm = optax.tree.norm(gradients)
+        return State(params, optimizer), {"loss": loss, "gradient_norm": norm}
 
     def step_function(
         state: State, windows: jax.Array, full: bool
     ) -> tuple[State, dict[str, jax.Array]]:
-        loss, params, optimizer = updated(state, windows, full)
-        logged = {"loss": loss}
-        if config.log_subspace:
-            logged |= sumo_optax.subspace_metrics(optimizer).summary
-        return State(params, optimizer), logged
+        state, logged = updated(state, windows, full)
+        if config.output.log_subspace:
+            logged |= sumo_optax.subspace_metrics(state.optimizer).summary
+        return state, logged
 
-    shape = (config.batch, config.length + 1)
+    shape = (config.data.batch, config.data.length + 1)
     example = jax.ShapeDtypeStruct(shape, np.int32, sharding=run.batch_sharding)
     results = None if run.shardings is None else (run.shardings, None)
     step_jit = jax.jit(
         step_function, donate_argnums=0, static_argnames="full", out_shardings=results
     )
-    kinds = (True, False) if config.subspace_gradients else (True,)
+    kinds = (True, False) if config.training.subspace_gradients else (True,)
     steps = {full: step_jit.lower(run.state, example, full=full).compile() for full in kinds}
-    refresh_every = options.get("refresh_every", config.steps)
+    refresh_every = options.get("refresh_every", config.training.steps)
 
     def step(number: int, state: State, windows: ArrayLike):
-        return steps[not config.subspace_gradients or (number - 1) % refresh_every == 0](
+        return steps[not config.training.subspace_gradients or (number - 1) % refresh_every == 0](
             state, windows
         )
 
@@ -353,10 +421,11 @@ def print_plan(pretraining: Pretraining) -> None:
     config, _, corpus, tx, _, run = pretraining
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(run.state.params))
     print(
-        f"{config.preset}: {config.layers} blocks of width {config.width},"
+        f"{config.preset}: {config.model.layers} blocks of width {config.model.width},"
         f" {count:,} parameters\n"
-        f"{config.optimizer}: {config.steps:,} steps of {config.batch} x {config.length} tokens,"
-        f" {config.tokenizer} of {corpus.name}\n"
+        f"{config.optimizer}: {config.training.steps:,} steps of"
+        f" {config.data.batch} x {config.data.length} tokens,"
+        f" {config.data.tokenizer} of {corpus.name}\n"
     )
     print(sumo_optax.describe(tx, run.state.params), end="\n\n")
 
@@ -370,11 +439,11 @@ def train(pretraining: Pretraining) -> None:
     rank = f", rank {options['rank']}" if "rank" in options else ""
     title = f"{config.preset}, {config.optimizer}{rank}"
     plot_losses(trained.rows, title, "nats per token", run.out / "loss.png")
-    if config.log_subspace:
+    if config.output.log_subspace:
         plot_subspace(trained.rows, title, run.out / "subspace.png")
     summary = {
-        "steps": config.steps,
-        "tokens": config.steps * config.batch * config.length,
+        "steps": config.training.steps,
+        "tokens": config.training.steps * config.data.batch * config.data.length,
         "seconds": trained.seconds,
         "validation_loss": trained.rows[-1]["validation_loss"],
         "state_bytes": sum(x.nbytes for x in jax.tree.leaves(trained.state.optimizer)),

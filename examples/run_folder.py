@@ -43,6 +43,9 @@ FILES = (
     "loss.png",
     "subspace.png",
     "tokenizer.json",
+    "tensorboard",
+    "wandb",
+    "wandb.txt",
     "checkpoints",
 )
 

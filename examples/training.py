@@ -5,6 +5,7 @@ import json
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import processes
 import run_folder
 import stopping
 from jax.typing import ArrayLike
+from loggers import Log
 from tqdm import tqdm
 
 # Steps between two looks at the loss.
@@ -45,7 +47,8 @@ class Run(NamedTuple):
     steps: int
     eval_every: int
     save_every: int
-    units: tuple[int, str]  # of a step, for the bar: 2048, "tokens"
+    units: tuple[int, str]  # of a step: 2048, "tokens"
+    learning_rates: Sequence[float]  # of all steps
     batches: grain.DatasetIterator
     batch_sharding: jax.sharding.Sharding | None  # on a mesh
     init: Callable[[], State]
@@ -54,6 +57,8 @@ class Run(NamedTuple):
     validate: Callable[[Any], dict[str, float]]  # of the parameters
     tell: Callable[[int, Mapping[str, float]], str]  # what a validation after a step has found
     write_tokenizer: Callable[[Path], None]
+    # Of the steps after the one given.
+    loggers: Callable[[int], AbstractContextManager[Sequence[Log]]]
 
     @property
     def shardings(self) -> State | None:
@@ -115,9 +120,10 @@ def train(run: Run) -> Trained:
     if run.resume:
         print(f"going on from step {start}" if start else "no checkpoint yet: starting from step 0")
     metrics = run_folder.Metrics(run.out / "metrics.jsonl", start)
-    with stopping.noted() as signals:
+    with stopping.noted() as signals, run.loggers(start) as logs:
+        writers = (metrics.add, *logs)
         try:
-            state, step, seconds = loop(run, state, start, seconds, metrics, checkpoints, signals)
+            state, step, seconds = loop(run, state, start, seconds, writers, checkpoints, signals)
         except KeyboardInterrupt:
             signals.append(signal.SIGINT)
             step = None
@@ -133,7 +139,7 @@ def loop(
     state: State,
     start: int,
     seconds: float,
-    metrics: run_folder.Metrics,
+    writers: Sequence[Log],
     checkpoints: run_folder.Checkpoints,
     signals: Sequence[signal.Signals],
 ) -> tuple[State, int, float]:
@@ -169,16 +175,21 @@ def loop(
             elapsed = time.perf_counter() - begun
             seconds += elapsed
             count, unit = run.units
+            speed = len(rows) * count / elapsed
+            for row in rows:
+                row["learning_rate"] = run.learning_rates[row["step"] - 1]
+                row["step_seconds"] = round(elapsed / len(rows), 6)
+                row[f"{unit}_per_second"] = round(speed, 1)
             bar.set_postfix_str(
-                f"loss {rows[-1]['loss']:.3f}, {len(rows) * count / elapsed:,.0f} {unit}/s",
-                refresh=False,
+                f"loss {rows[-1]['loss']:.3f}, {speed:,.0f} {unit}/s", refresh=False
             )
             bar.update(len(rows))
             if validate:
                 found = run.validate(state.params)
                 rows[-1] |= found | {"seconds": round(seconds, 3)}
                 bar.write(run.tell(step, found))
-            metrics.add(rows)
+            for write in writers:
+                write(rows)
             if save:
                 checkpoints.save(step, state, run.batches, seconds)
             if stop:

@@ -20,12 +20,16 @@
 # sends between devices. Well under a minute.
 
 # %%
+import importlib.util
 import subprocess
 import sys
 
-if "google.colab" in sys.modules:
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "sumo-optax"]
-    subprocess.run(command, check=True)
+REPOSITORY = "https://github.com/OWNER/sumo-optax"
+
+if importlib.util.find_spec("sumo_optax") is None:  # on Colab, for example
+    pip = [sys.executable, "-m", "pip", "install", "--quiet"]
+    if subprocess.run([*pip, "sumo-optax"], capture_output=True).returncode:  # no release yet
+        subprocess.run([*pip, f"sumo-optax @ git+{REPOSITORY}"], check=True)
 
 # %%
 import os

@@ -1,12 +1,18 @@
-"""python -m sumo_optax plan: what training a LLaMA will hold on each device."""
+"""The command line, `python -m sumo_optax`: what training will hold on each device."""
 
 import argparse
+import difflib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from sumo_optax._plan import PRESETS, parse_mesh, plan, read_config
+from sumo_optax._decoder import read_config
+from sumo_optax._plan import PRESETS, parse_mesh, plan
+from sumo_optax._version import __version__
+
+PLAN = "Say what each device will hold when a decoder is trained, optimizer by optimizer."
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -20,62 +26,104 @@ def _rank(text: str) -> int | float:
     return float(text) if "." in text else int(text)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m sumo_optax")
-    commands = parser.add_subparsers(required=True, metavar="plan")
+def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+    """That of the program, and that of its command."""
+    parser = _Parser(prog="python -m sumo_optax", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"sumo_optax {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="plan")
     command = commands.add_parser(
-        "plan", help=__doc__, description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        "plan",
+        help=PLAN,
+        description=PLAN,
+        usage=f"{parser.prog} plan (--preset NAME | --config FILE) [options]",
+        allow_abbrev=False,
     )
-    model = command.add_mutually_exclusive_group(required=True)
+    model = command.add_argument_group("model, one of the two")
+    model = model.add_mutually_exclusive_group(required=True)
     model.add_argument("--preset", choices=PRESETS, help="a model of examples/pretrain.py")
-    model.add_argument("--config", type=Path, help="config.json of a Hugging Face LLaMA or Mistral")
-    command.add_argument(
+    model.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="config.json of a decoder on Hugging Face: Llama, Mistral, Mixtral, Qwen, Gemma, Phi,"
+        " GPT-2, GPT-NeoX, OPT and models like these",
+    )
+    training = command.add_argument_group("training")
+    training.add_argument(
         "--rank",
         type=_rank,
         default=0.25,
-        help="an integer, or a fraction of each matrix's short side; by default 0.25",
+        help="of low-rank states: an integer, or a fraction of each matrix's short side"
+        " (default: %(default)s)",
     )
-    command.add_argument("--mesh", help="data=N,fsdp=N,tensor=N; by default one device")
-    command.add_argument(
+    training.add_argument(
+        "--mesh", metavar="data=N,fsdp=N,tensor=N", help="any of them (default: one device)"
+    )
+    training.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16", "float16"),
+        choices=DTYPES,
         default="bfloat16",
-        help="of parameters and gradients, by default bfloat16",
+        help="of parameters and gradients, and of the states of AdamW and Muon"
+        " (default: %(default)s)",
     )
-    command.add_argument(
+    training.add_argument(
         "--state-dtype",
-        choices=("float32", "bfloat16", "float16", "int8", "int4"),
-        help="of low-rank states, by default float32; AdamW's and Muon's have --dtype",
+        choices=(*DTYPES, "int8", "int4"),
+        help="of low-rank states (default: float32)",
     )
-    command.add_argument(
+    training.add_argument(
         "--tokens",
         type=int,
         default=2048,
-        help="of the one sequence that the column 'fused' counts, by default 2,048",
+        help="of the one sequence that the column 'fused' is for (default: %(default)s)",
     )
-    command.add_argument("--json", action="store_true", help="bytes as JSON instead of a table")
-    return parser
+    output = command.add_argument_group("output")
+    output.add_argument("--json", action="store_true", help="bytes as JSON instead of a table")
+    return parser, command
+
+
+def _check_options(given: Sequence[str], *parsers: argparse.ArgumentParser) -> None:
+    """Refuses an unknown option before anything that is missing because of it."""
+    known = [name for parser in parsers for name in parser._option_string_actions]
+    for word in given:
+        option = word.partition("=")[0]
+        if option.startswith("--") and option not in known:
+            close = difflib.get_close_matches(option, known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else "; --help has all options"
+            raise ValueError(f"unknown option {option}{hint}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program: 0 is success, 2 something given that is wrong."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser, command = _parsers()
+    if not argv:
+        parser.print_help()
+        return 0
     try:
-        given = _parser().parse_args(argv)
-        model = PRESETS[given.preset] if given.preset else read_config(given.config)
-        planned = plan(
-            given.preset or str(given.config),
-            model,
-            rank=given.rank,
-            mesh={} if given.mesh is None else parse_mesh(given.mesh),
-            dtype=given.dtype,
-            state_dtype=given.state_dtype,
-            tokens=given.tokens,
-        )
-        print(planned.as_json() if given.json else planned, flush=True)
+        _check_options(argv, parser, command)
+        print(_planned(parser.parse_args(argv)), flush=True)
     except (ValueError, TypeError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     return 0
+
+
+def _planned(given: argparse.Namespace) -> str:
+    """The table or the JSON that is asked for."""
+    model, remark = (PRESETS[given.preset], "") if given.preset else read_config(given.config)
+    planned = plan(
+        given.preset or str(given.config),
+        model,
+        rank=given.rank,
+        mesh={} if given.mesh is None else parse_mesh(given.mesh),
+        dtype=given.dtype,
+        state_dtype=given.state_dtype,
+        tokens=given.tokens,
+    )
+    if remark:
+        planned = planned._replace(notes=(remark, *planned.notes))
+    return planned.as_json() if given.json else str(planned)
 
 
 if __name__ == "__main__":

@@ -160,7 +160,7 @@ def as_fits(fn: Callable[..., PyTree], *arrays: Any) -> PyTree:
 def _fitted(
     entries: Sequence[Entry], axes: list[str], shape: Any, mesh: Any, order: Iterable[int]
 ) -> PartitionSpec:
-    """The entries that divide their axes; the rest of the mesh `axes` where it can be, in `order`."""
+    """The entries that divide their axes; the rest of the mesh `axes` where it fits."""
     parts = lambda axes: math.prod(mesh.shape[a] for a in axes)
     taken = [e if isinstance(e, tuple) else () if e is None else (e,) for e in entries]
     taken = [

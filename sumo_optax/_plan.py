@@ -1,9 +1,9 @@
-"""What training a LLaMA will hold on each device, before any of it is made."""
+"""What training a decoder will hold on each device, before any of it is made."""
 
 import json
 import math
-from pathlib import Path
-from typing import Any, NamedTuple
+import textwrap
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from sumo_optax import _check
 from sumo_optax._conventions import flax_dimension_numbers
+from sumo_optax._decoder import Model, parameters
 from sumo_optax._in_subspace import scale_in_subspace
 from sumo_optax._mofasgd import mofasgd
 from sumo_optax._online_subspace_descent import online_subspace_descent
@@ -21,19 +22,6 @@ from sumo_optax._sharding import abstract_state
 from sumo_optax._sumo import sumo
 
 MESH_AXES = ("data", "fsdp", "tensor")
-
-
-class Model(NamedTuple):
-    """The shape of a LLaMA without biases."""
-
-    vocab: int
-    width: int
-    hidden: int
-    layers: int
-    heads: int  # of queries
-    query_width: int  # heads times the width of one
-    key_width: int  # the same of keys and values
-    tied: bool = False  # whether the embedding is the output head as well
 
 
 def _preset(width: int, hidden: int, layers: int, heads: int, vocab: int = 32_000) -> Model:
@@ -49,6 +37,20 @@ PRESETS = {
     "1b": _preset(2048, 5461, 24, 32),
     "7b": _preset(4096, 11008, 32, 32),
 }
+
+
+LEGEND = (
+    "of AdamW's: the state over AdamW's.",
+    "total: parameters, gradients and state. It leaves out activations and what a step needs for"
+    " a moment.",
+    "fused: the peak of a training step with sumo_optax.value_and_update on one device, with one"
+    " sequence of {tokens:,} tokens and with stacked, checkpointed layers. It counts parameters,"
+    " state, the layers' inputs, the head's gradient, and the larger of two: the logits, or one"
+    " layer's gradients, attention scores and update.",
+    "projected: the gradients between two refreshes, where they are taken in the subspace"
+    " (sumo_optax.subspace_value_and_grad). SUMO takes them with residual=None. The total counts"
+    " whole gradients.",
+)
 
 
 class Row(NamedTuple):
@@ -76,46 +78,50 @@ class Plan(NamedTuple):
     tokens: int  # of the sequence that `fused` is for
     mesh: dict[str, int]
     rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()  # on how the model was read, and on what the mesh does not divide
 
     def __str__(self) -> str:
-        devices = math.prod(self.mesh.values())
+        legend = (line.format(tokens=self.tokens) for line in LEGEND)
+        return "\n\n".join((self._heading, self._table, *map(_wrapped, (*self.notes, *legend))))
+
+    @property
+    def _heading(self) -> str:
+        devices, held = math.prod(self.mesh.values()), self.rows[0]
         mesh = ",".join(f"{name}={size}" for name, size in self.mesh.items())
-        where = f"on each of {devices} devices ({mesh})" if devices > 1 else "on one device"
-        header = (
-            "optimizer",
-            "parameters",
-            "gradients",
-            "projected",
-            "state",
-            "total",
-            "fused",
-            "of AdamW's",
+        where = f"Each of {devices} devices ({mesh})" if devices > 1 else "One device"
+        return "\n".join(
+            (
+                _wrapped(f"{self.model}: {self.parameters:,} parameters in {self.dtype}"),
+                _wrapped(
+                    f"{where} holds {in_words(held.parameters)} of parameters and"
+                    f" {in_words(held.gradients)} of gradients. At rank {self.rank}:"
+                ),
+            )
         )
-        adamw = self.rows[0].state
+
+    @property
+    def _table(self) -> str:
+        header = ("optimizer", "state", "of AdamW's", "total", "fused", "projected")
         words = lambda x: "-" if x is None else in_words(x)
         rows = [
             (
                 x.optimizer,
-                *map(words, (x.parameters, x.gradients, x.projected, x.state, x.total, x.fused)),
-                f"{x.state / adamw:.2f}",
+                words(x.state),
+                f"{x.state / self.rows[0].state:.2f}",
+                *map(words, (x.total, x.fused, x.projected)),
             )
             for x in self.rows
         ]
-        return (
-            f"{self.model}: {self.parameters:,} parameters in {self.dtype}, rank {self.rank};"
-            f" {where}:\n\n{table([header, *rows])}\n\n"
-            "The last column is the state over AdamW's. Activations and what a step needs for a\n"
-            "moment are not in the total. Projected gradients, between refreshes, are not in it\n"
-            "either; SUMO takes them with residual=None.\n\n"
-            "Fused is the peak of a training step with sumo_optax.value_and_update: one device,\n"
-            f"one sequence of {self.tokens:,} tokens, layers stacked and checkpointed. It counts\n"
-            "parameters, state, the layers' inputs, the head's gradient, and the larger of two:\n"
-            "the logits, or one layer's gradients, attention scores and arrays of its update."
-        )
+        return table([header, *rows])
 
     def as_json(self) -> str:
         rows = [{**x._asdict(), "total": x.total} for x in self.rows]
         return json.dumps({**self._asdict(), "rows": rows}, indent=2)
+
+
+def _wrapped(text: str) -> str:
+    """In lines of a terminal."""
+    return textwrap.fill(text, 80, break_long_words=False, break_on_hyphens=False)
 
 
 def plan(
@@ -164,7 +170,33 @@ def plan(
             fused = held + kept + bytes_of_a_fused_step(model, params, tokens, needed)
         rows.append(Row(optimizer, held, held, projected, kept, fused))
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
-    return Plan(name, count, dtype, rank, tokens, mesh, tuple(rows))
+    return Plan(name, count, dtype, rank, tokens, mesh, tuple(rows), undivided(mesh, placed))
+
+
+def undivided(mesh: dict[str, int], placed: PyTree) -> tuple[str, ...]:
+    """What a user may not expect: axes of the mesh that divide few of the matrices, or none."""
+    notes = []
+    if mesh.get("data", 1) > 1:
+        notes.append(
+            "data: every device along this axis holds the same parameters, gradients and state."
+        )
+    for axis in ("fsdp", "tensor"):
+        if mesh.get(axis, 1) == 1:
+            continue
+        kernels = [
+            (jax.tree_util.keystr(path[:-1], simple=True, separator="/"), sharding.spec)
+            for path, sharding in jax.tree.leaves_with_path(placed)
+            if _is_table(path)
+        ]
+        whole = [name for name, spec in kernels if axis not in spec]
+        if len(whole) == len(kernels):
+            notes.append(
+                f"{axis}={mesh[axis]} divides nothing: no matrix has a size that is a multiple of"
+                f" {mesh[axis]}, so every device along this axis holds the same."
+            )
+        elif whole:
+            notes.append(f"{axis}={mesh[axis]} does not divide {', '.join(whole)}.")
+    return tuple(notes)
 
 
 def bytes_of_a_fused_step(model: Model, params: PyTree, tokens: int, update: int) -> int:
@@ -214,32 +246,9 @@ def optimizers(
     }
 
 
-def parameters(model: Model, dtype: Any) -> PyTree:
-    """Shapes of the parameters, all layers stacked."""
-    array = lambda *shape: jax.ShapeDtypeStruct(shape, dtype)
-    kernel = lambda *shape: {"kernel": array(model.layers, *shape)}
-    norm = {"scale": array(model.layers, model.width)}
-    d, h = model.width, model.hidden
-    head = {} if model.tied else {"lm_head": {"kernel": array(d, model.vocab)}}
-    return {
-        "embed_tokens": {"embedding": array(model.vocab, d)},
-        "layers": {
-            "input_layernorm": norm,
-            "self_attn": {
-                "q_proj": kernel(d, model.query_width),
-                "k_proj": kernel(d, model.key_width),
-                "v_proj": kernel(d, model.key_width),
-                "o_proj": kernel(model.query_width, d),
-            },
-            "post_attention_layernorm": norm,
-            "mlp": {
-                "gate_proj": kernel(d, h),
-                "up_proj": kernel(d, h),
-                "down_proj": kernel(h, d),
-            },
-        },
-        "norm": {"scale": array(d)},
-    } | head
+def _is_table(path: jax.tree_util.KeyPath) -> bool:
+    """Whether a leaf is a matrix or a stack of them, whatever the optimizer takes it for."""
+    return path[-1].key in ("kernel", "embedding")
 
 
 def shardings(mesh: AbstractMesh, params: PyTree) -> PyTree:
@@ -255,7 +264,7 @@ def shardings(mesh: AbstractMesh, params: PyTree) -> PyTree:
         if any(last in name for last in ("o_proj", "down_proj", "embed_tokens")):
             axes = ("tensor", "fsdp")
         entries: list[str | None] = [None] * len(x.shape)
-        if "norm" not in name:
+        if _is_table(path):
             entries[-2:] = [
                 a if a in mesh.shape and size % mesh.shape[a] == 0 else None
                 for a, size in zip(axes, x.shape[-2:], strict=True)
@@ -282,36 +291,3 @@ def parse_mesh(text: str) -> dict[str, int]:
             )
         sizes[name] = int(size)
     return sizes
-
-
-def read_config(path: Path) -> Model:
-    """The shape in a config.json of a Hugging Face LLaMA."""
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
-    kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind not in ("llama", "mistral"):
-        raise ValueError(f"{path}: model_type must be 'llama' or 'mistral', got {kind!r}")
-    for name in ("attention_bias", "mlp_bias"):
-        if config.get(name):
-            raise ValueError(f"{path}: {name} must be false, models with biases are not known here")
-
-    def size(name, default=None):
-        value = config.get(name) or default
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{path}: {name} must be an integer of at least 1, got {value!r}")
-        return value
-
-    width, heads = size("hidden_size"), size("num_attention_heads")
-    head_width = size("head_dim", width // heads)
-    return Model(
-        vocab=size("vocab_size"),
-        width=width,
-        hidden=size("intermediate_size"),
-        layers=size("num_hidden_layers"),
-        heads=heads,
-        query_width=heads * head_width,
-        key_width=size("num_key_value_heads", heads) * head_width,
-        tied=bool(config.get("tie_word_embeddings")),
-    )

@@ -2,8 +2,10 @@
 
 import math
 import re
+import textwrap
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -62,21 +64,22 @@ class Report(NamedTuple):
         return table(rows)
 
     def __str__(self) -> str:
-        header = ("parameter", "shape", "role", "m x n", "side", "rank", "state", "AdamW's")
+        header = ("parameter", "shape", "matrix", "side", "rank", "state", "AdamW's")
         rows = [header, *_grouped(self.leaves)]
         matrices = sum(math.prod(leaf.batch) for leaf in self.leaves if leaf.role == "matrix")
         parameters = sum(math.prod(leaf.shape) for leaf in self.leaves)
         ratio = self.state_bytes / max(self.adamw_bytes, 1)
-        total = (
-            f"{parameters:,} parameters, {matrices} matrices; optimizer state"
-            f" {in_words(self.state_bytes)}, {ratio:.0%} of AdamW's {in_words(self.adamw_bytes)}"
-        )
-        lines = [table(rows), total]
+        lines = [
+            table(rows),
+            f"{parameters:,} parameters, {matrices} {'matrix' if matrices == 1 else 'matrices'}",
+            f"optimizer state {in_words(self.state_bytes)},"
+            f" {ratio:.0%} of AdamW's {in_words(self.adamw_bytes)}",
+        ]
         if any(leaf.role == "open" for leaf in self.leaves):
-            lines.append(
-                "open: path and shape do not tell the axes of a matrix, so the fallback takes it;"
-                " weight_dimension_numbers can tell"
-            )
+            lines += [
+                "open: path and shape do not tell the axes of a matrix, so the fallback takes it.",
+                "      Say which axes are a matrix's with weight_dimension_numbers.",
+            ]
         return "\n".join(lines)
 
 
@@ -92,7 +95,7 @@ def describe(tx_or_rank: optax.GradientTransformation | Rank, params: PyTree) ->
 
     Returns:
       A report whose ``str`` is a table (leaves that differ in a layer's number alone share a row)
-      with totals in its last line, and whose fields ``leaves``, ``state_bytes`` and
+      with totals in its last lines, and whose fields ``leaves``, ``state_bytes`` and
       ``adamw_bytes`` are the same as data. AdamW holds two numbers per parameter, in its dtype.
       The role ``open`` is that of leaves on the fallback which path and shape would allow to be
       matrices in more ways than one. ``reasons`` is a table that says why each leaf is a matrix or
@@ -106,9 +109,10 @@ def describe(tx_or_rank: optax.GradientTransformation | Rank, params: PyTree) ->
       >>> import jax, jax.numpy as jnp, sumo_optax
       >>> params = {"dense": {"kernel": jax.ShapeDtypeStruct((512, 128), jnp.float32)}}
       >>> print(sumo_optax.describe(16, params))
-      parameter     shape      role    m x n      side  rank  state     AdamW's
-      dense/kernel  (512,128)  matrix  512 x 128  out   16    40.0 KiB  512.0 KiB
-      65,536 parameters, 1 matrices; optimizer state 40.0 KiB, 8% of AdamW's 512.0 KiB
+      parameter     shape      matrix     side  rank  state     AdamW's
+      dense/kernel  (512,128)  512 x 128  out   16    40.0 KiB  512.0 KiB
+      65,536 parameters, 1 matrix
+      optimizer state 40.0 KiB, 8% of AdamW's 512.0 KiB
     """
     is_rank = isinstance(tx_or_rank, (int, float)) or callable(tx_or_rank)
     tx = sumo(1.0, tx_or_rank) if is_rank else tx_or_rank
@@ -244,13 +248,12 @@ def _grouped(leaves: tuple[LeafReport, ...]) -> list[tuple[str, ...]]:
 
 def _row(path: str, members: list[LeafReport]) -> tuple[str, ...]:
     leaf = members[0]
-    matrix = "" if leaf.m is None else f"{leaf.m} x {leaf.n}"
+    matrix = leaf.role if leaf.m is None else f"{leaf.m} x {leaf.n}"
     if leaf.batch:
         matrix = f"{math.prod(leaf.batch)} of {matrix}"
     return (
         path,
         (f"{len(members)} of " if len(members) > 1 else "") + f"({','.join(map(str, leaf.shape))})",
-        leaf.role,
         matrix,
         leaf.side,
         "" if leaf.rank is None else str(leaf.rank),
@@ -259,14 +262,38 @@ def _row(path: str, members: list[LeafReport]) -> tuple[str, ...]:
     )
 
 
-def table(rows: list[tuple[str, ...]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(line.rstrip() for line in lines)
+WIDTH = 80
+
+
+def table(rows: list[tuple[str, ...]], width: int = WIDTH) -> str:
+    """Columns side by side, in lines of at most `width` where words allow it.
+
+    A first cell that its column has no room for has a line to itself; a last cell is wrapped.
+    """
+    first, *middle, last = (max(map(len, column)) for column in zip(*rows, strict=True))
+    between = 2 * (len(middle) + 1) + sum(middle)
+    # As little as its title needs, where its cells have lines to themselves anyway.
+    least = first if first + between + last <= width else len(rows[0][0])
+    last = min(last, max(width - between - least, 20))
+    first = min(first, max(width - between - last, 4))
+    return "\n".join(line for row in rows for line in _lines(row, (first, *middle, last)))
+
+
+def _lines(row: tuple[str, ...], widths: tuple[int, ...]) -> Iterator[str]:
+    """Those of one row of a table."""
+    start = row[0]
+    if len(start) > widths[0]:
+        yield start
+        start = ""
+    ends = textwrap.wrap(row[-1], widths[-1], break_long_words=False) or [""]
+    for i, end in enumerate(ends):
+        cells = (start, *row[1:-1], end) if i == 0 else ("",) * (len(row) - 1) + (end,)
+        padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+        yield "  ".join(padded).rstrip()
 
 
 def in_words(count: int) -> str:
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+    for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= size:
             return f"{count / size:.1f} {unit}"
     return f"{count} B"

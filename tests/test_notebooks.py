@@ -2,6 +2,8 @@
 
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jupytext
@@ -24,10 +26,32 @@ def test_each_is_its_text():
         )
 
 
-def test_each_installs_first_on_colab():
+@pytest.mark.parametrize(
+    ("there", "released", "asked"),
+    [
+        (True, True, []),
+        (False, True, ["sumo-optax"]),
+        (False, False, ["sumo-optax", "sumo-optax @ git+https://"]),
+    ],
+)
+def test_each_installs_first(monkeypatch, there, released, asked):
+    """From the index, and before there is a release, from the repository."""
+    commands = []
+
+    def run(command, **_):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0 if released else 1)
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: there or None)
+    monkeypatch.setattr("subprocess.run", run)
     for name in NAMES:
+        commands.clear()
         first = next(source for kind, source in cells(FOLDER / f"{name}.py") if kind == "code")
-        assert '"google.colab" in sys.modules' in first and '"sumo-optax"' in first
+        exec(first, {})
+        assert len(commands) == len(asked)
+        for command, package in zip(commands, asked, strict=True):
+            assert command[:4] == [sys.executable, "-m", "pip", "install"]
+            assert command[-1].startswith(package)
 
 
 def test_all_have_the_same_model():

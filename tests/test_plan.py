@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +17,11 @@ from flax import nnx
 
 import sumo_optax
 from sumo_optax import __main__ as program
-from sumo_optax import _plan, abstract_state
+from sumo_optax import _decoder, _plan, abstract_state
 
-SMALL = _plan.Model(vocab=64, width=32, hidden=48, layers=2, heads=2, query_width=32, key_width=32)
+SMALL = _decoder.Model(
+    vocab=64, width=32, hidden=48, layers=2, heads=2, query_width=32, key_width=32
+)
 SHAPE = llama.LlamaConfig(vocab=64, width=32, hidden=48, heads=2, layers=2, scan_layers=True)
 MESHES = ["fsdp=8", "data=2,fsdp=2,tensor=2"]
 
@@ -50,12 +53,12 @@ def test_presets_are_those_of_pretrain():
 def test_parameters_are_those_of_the_model_of_pretrain():
     create = lambda: llama.Llama(SHAPE, nnx.Rngs(0))
     theirs = nnx.to_pure_dict(nnx.state(nnx.eval_shape(create), nnx.Param))
-    assert shapes(_plan.parameters(SMALL, jnp.float32)) == shapes(theirs)
+    assert shapes(_decoder.parameters(SMALL, jnp.float32)) == shapes(theirs)
 
 
 @pytest.mark.parametrize("text", MESHES)
 def test_shardings_are_those_of_pretrain(text):
-    devices, params = mesh.parse(text), _plan.parameters(SMALL, jnp.float32)
+    devices, params = mesh.parse(text), _decoder.parameters(SMALL, jnp.float32)
     spec = lambda tree: jax.tree.map(lambda x: x.spec, tree)
     theirs = spec(mesh.parameter_shardings(devices, params))
     assert spec(_plan.shardings(devices.abstract_mesh, params)) == theirs
@@ -152,13 +155,13 @@ def test_peaks_are_within_a_tenth_of_the_compilers(name, tokens):
 
 
 def test_a_peak_grows_with_the_square_of_the_tokens():
-    params = _plan.parameters(SMALL, jnp.bfloat16)
+    params = _decoder.parameters(SMALL, jnp.bfloat16)
     peak = lambda tokens: _plan.bytes_of_a_fused_step(SMALL, params, tokens, update=0)
     assert peak(2048) - peak(1024) > 3 * (peak(1024) - peak(512)) > 0
 
 
 def test_logits_can_be_the_peak():
-    params = _plan.parameters(SMALL, jnp.bfloat16)
+    params = _decoder.parameters(SMALL, jnp.bfloat16)
     peak = lambda vocab: _plan.bytes_of_a_fused_step(
         SMALL._replace(vocab=vocab), params, tokens=8, update=0
     )
@@ -175,49 +178,99 @@ def test_galore_holds_what_optax_holds():
         nnx.Param,
     )
     theirs = jax.eval_shape(optimizers.galore(**options).init, nnx.to_pure_dict(unrolled))
-    ours = jax.eval_shape(_plan.optimizers(4)["GaLore"].init, _plan.parameters(SMALL, jnp.float32))
+    ours = jax.eval_shape(
+        _plan.optimizers(4)["GaLore"].init, _decoder.parameters(SMALL, jnp.float32)
+    )
     floats = lambda tree: sum(
         math.prod(x.shape) for x in jax.tree.leaves(tree) if x.dtype == jnp.float32
     )
     assert floats(theirs) == floats(ours)
 
 
-# Sizes of released models, as their cards have them.
-TINY_LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 32000,
-    "hidden_size": 2048,
-    "intermediate_size": 5632,
-    "num_hidden_layers": 22,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
+CONFIGS = Path(__file__).parent / "configs"
+
+# Parameters of released models, as the models' own weights have them, by the names of files in
+# `configs`, which hold their sizes. Gemma 3 of 4B is counted without what reads pictures.
+RELEASED = {
+    "tinyllama-1.1b": 1_100_048_384,
+    "llama-3.2-1b": 1_235_814_400,
+    "mistral-7b": 7_241_732_096,
+    "mixtral-8x7b": 46_702_792_704,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen1.5-moe-a2.7b": 14_315_784_192,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "gemma-2b": 2_506_172_416,
+    "gemma-2-2b": 2_614_341_888,
+    "gemma-3-1b": 999_885_952,
+    "gemma-3-4b": 3_880_263_168,
+    "phi-2": 2_779_683_840,
+    "phi-3-mini": 3_821_079_552,
+    "gpt2": 124_439_808,
+    "pythia-160m": 162_322_944,
+    "opt-125m": 125_239_296,
 }
-LLAMA_3_2_1B = TINY_LLAMA | {
-    "vocab_size": 128256,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 64,
-    "tie_word_embeddings": True,
-}
-MISTRAL_7B = TINY_LLAMA | {
-    "model_type": "mistral",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_key_value_heads": 8,
-}
+
+
+def test_parameters_of_released_models():
+    assert set(RELEASED) == {path.stem for path in CONFIGS.glob("*.json")}
+    for name, count in RELEASED.items():
+        model, remark = _decoder.read_config(CONFIGS / f"{name}.json")
+        params = _decoder.parameters(model, jnp.bfloat16)
+        assert sum(math.prod(x.shape) for x in jax.tree.leaves(params)) == count, name
+        assert remark == ("Only the language model is counted." if name == "gemma-3-4b" else "")
+
+
+def test_experts_are_matrices_of_their_own():
+    model, _ = _decoder.read_config(CONFIGS / "qwen1.5-moe-a2.7b.json")
+    report = sumo_optax.describe(512, _decoder.parameters(model, jnp.bfloat16))
+    leaves = {leaf.path: leaf for leaf in report.leaves}
+    up = leaves["layers/experts/up_proj/kernel"]
+    assert (up.batch, up.m, up.n) == ((24, 60), 2048, 1408)
+    assert leaves["layers/shared_expert/up_proj/kernel"].batch == (24,)
+
+
+def test_an_unknown_decoder_is_read_as_a_llama_and_said_so(tmp_path, capsys):
+    config = json.loads((CONFIGS / "tinyllama-1.1b.json").read_text())
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config | {"model_type": "new"}))
+    assert program.main(["plan", "--config", str(path), "--rank", "16"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "1,100,048,384 parameters" in printed
+    assert "The model_type 'new' is not known: it is read as a LLaMA." in printed
+
+
+def test_biases_that_a_file_says_are_counted():
+    config = json.loads((CONFIGS / "tinyllama-1.1b.json").read_text())
+    count = lambda flags: sum(
+        math.prod(x.shape)
+        for x in jax.tree.leaves(
+            _decoder.parameters(_decoder._of_config(config | flags)[0], jnp.float32)
+        )
+    )
+    attention = count({"attention_bias": True}) - count({})
+    assert attention == 22 * (2048 + 256 + 256 + 2048)
+    assert count({"mlp_bias": True}) - count({}) == 22 * (5632 + 5632 + 2048)
 
 
 @pytest.mark.parametrize(
-    ("config", "count"),
-    [(TINY_LLAMA, 1_100_048_384), (LLAMA_3_2_1B, 1_235_814_400), (MISTRAL_7B, 7_241_732_096)],
+    ("mesh", "notes"),
+    [
+        ("fsdp=8", []),
+        ("data=2,fsdp=4", ["data: every device along this axis holds the same"]),
+        ("fsdp=7", ["fsdp=7 divides nothing: no matrix has a size that is a multiple of 7"]),
+        ("tensor=3", ["tensor=3 does not divide embed_tokens, layers/mlp"]),
+    ],
 )
-def test_parameters_of_released_models(config, count, tmp_path):
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(config))
-    params = _plan.parameters(_plan.read_config(path), jnp.bfloat16)
-    assert sum(math.prod(x.shape) for x in jax.tree.leaves(params)) == count
+def test_says_what_a_mesh_does_not_divide(mesh, notes):
+    model = SMALL._replace(hidden=40, vocab=64, query_width=48, key_width=48, heads=3)
+    sizes = _plan.parse_mesh(mesh)
+    planned = _plan.plan("small", model, rank=4, mesh=sizes, dtype="float32")
+    assert len(planned.notes) == len(notes)
+    for found, expected in zip(planned.notes, notes, strict=True):
+        assert found.startswith(expected)
+        assert found[:20] in str(planned)
 
 
 def test_table_and_json_say_the_same(capsys):
@@ -226,16 +279,15 @@ def test_table_and_json_say_the_same(capsys):
     data = json.loads(capsys.readouterr().out)
     assert program.main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith(
-        "tiny: 857,216 parameters in bfloat16, rank 16; on each of 8 devices"
-    )
+    assert lines[0] == "tiny: 857,216 parameters in bfloat16"
+    assert lines[1].startswith("Each of 8 devices (fsdp=8) holds ") and "At rank 16:" in lines[2]
     assert data["parameters"] == 857_216 and data["mesh"] == {"fsdp": 8}
     for row in data["rows"]:
         (line,) = (x for x in lines if x.startswith(row["optimizer"] + " "))
-        assert f"{row['state'] / data['rows'][0]['state']:.2f}" == line.split()[-1]
+        assert f" {row['state'] / data['rows'][0]['state']:.2f} " in line
         assert row["total"] == row["parameters"] + row["gradients"] + row["state"]
         assert row["fused"] is None, "it is for one device"
-    assert max(map(len, lines)) <= 100
+    assert max(map(len, lines)) <= 80
 
 
 def test_the_default_rank_is_a_quarter_of_the_short_side(capsys):
@@ -250,9 +302,11 @@ def test_the_default_rank_is_a_quarter_of_the_short_side(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "arguments are required: plan"),
         (["plan"], "one of the arguments --preset --config is required"),
         (["plan", "--preset", "8b"], "invalid choice: '8b'"),
+        (["plan", "--prest", "7b"], "unknown option --prest; did you mean --preset?"),
+        (["plan", "--preset", "7b", "--quick"], "unknown option --quick; --help has all options"),
+        (["plna"], "invalid choice: 'plna'"),
         (["plan", "--preset", "7b", "--rank", "0"], "rank must be an integer of at least 1"),
         (["plan", "--preset", "7b", "--tokens", "0"], "tokens must be an integer of at least 1"),
         (["plan", "--preset", "7b", "--state-dtype", "int3"], "invalid choice: 'int3'"),
@@ -260,23 +314,44 @@ def test_the_default_rank_is_a_quarter_of_the_short_side(capsys):
         (["plan", "--preset", "7b", "--mesh", "fsdp=2,fsdp=4"], "got 'fsdp=2,fsdp=4'"),
         (["plan", "--config", "{tmp}/none.json"], "No such file"),
         (["plan", "--config", "{tmp}/broken.json"], "broken.json is no JSON"),
-        (["plan", "--config", "{tmp}/bert.json"], "must be 'llama' or 'mistral', got 'bert'"),
+        (["plan", "--config", "{tmp}/list.json"], "list.json holds no JSON object"),
+        (["plan", "--config", "{tmp}/bert.json"], "model_type 'bert' is not known"),
         (["plan", "--config", "{tmp}/short.json"], "hidden_size must be an integer of at least 1"),
-        (["plan", "--config", "{tmp}/biased.json"], "attention_bias must be false"),
+        (["plan", "--config", "{tmp}/experts.json"], "must be one of mixtral, qwen2_moe, qwen3"),
+        (["plan", "--config", "{tmp}/latent.json"], "kv_lora_rank must be None, got 512"),
+        (["plan", "--config", "{tmp}/small_opt.json"], "word_embed_proj_dim must be hidden_size"),
     ],
 )
 def test_refuses_with_one_line(arguments, message, tmp_path, capsys):
+    llama, opt = (json.loads((CONFIGS / f"{x}.json").read_text()) for x in ("gemma-2b", "opt-125m"))
     files = {
         "broken": "{",
-        "bert": '{"model_type": "bert"}',
+        "list": "[]",
+        "bert": '{"model_type": "bert", "architectures": ["BertForMaskedLM"]}',
         "short": '{"model_type": "llama"}',
-        "biased": json.dumps(TINY_LLAMA | {"attention_bias": True}),
+        "experts": json.dumps(llama | {"num_experts": 8}),
+        "latent": json.dumps(llama | {"kv_lora_rank": 512}),
+        "small_opt": json.dumps(opt | {"word_embed_proj_dim": 512}),
     }
     for name, content in files.items():
         (tmp_path / f"{name}.json").write_text(content)
     assert program.main([x.replace("{tmp}", str(tmp_path)) for x in arguments]) == 2
     out, err = capsys.readouterr()
     assert not out and err.startswith("error: ") and message in err and err.count("\n") == 1
+
+
+def test_alone_it_prints_help_and_says_its_version(capsys):
+    assert program.main([]) == 0
+    assert "plan" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="0"):
+        program.main(["--version"])
+    assert capsys.readouterr().out == f"sumo_optax {sumo_optax.__version__}\n"
+    with pytest.raises(SystemExit, match="0"):
+        program.main(["plan", "--help"])
+    printed = capsys.readouterr().out
+    for words in ("model, one of the two:", "training:", "(default: bfloat16)", "(default: 2048)"):
+        assert words in printed
+    assert max(map(len, printed.splitlines())) <= 80
 
 
 @pytest.mark.slow

@@ -4,20 +4,23 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import hub
 import jax
 import jax.numpy as jnp
 import llama
+import loggers
 import numpy as np
-import optax
 import optimizers
+import options
 import orbax.checkpoint as ocp
 import pretrain
 import processes
@@ -220,8 +223,12 @@ def run(corpus, tmp_path, monkeypatch):
 
 
 def losses(out: Path) -> list[tuple[int, float]]:
+    return list(zip(logged(out, "step"), logged(out, "loss"), strict=True))
+
+
+def logged(out: Path, name: str) -> list[float]:
     rows = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
-    return [(row["step"], row["loss"]) for row in rows]
+    return [row[name] for row in rows]
 
 
 def checkpoint(out: Path, step: int) -> list[np.ndarray]:
@@ -284,7 +291,7 @@ def test_updates_inside_the_backward_pass_are_the_ordinary_ones(
 ):
     """But for clipping, which is by another norm."""
     create = optimizers.create
-    unclipped = lambda norm: optax.identity()
+    unclipped = lambda _: sumo_optax.clip_by_last_norm(1e9)
     monkeypatch.setattr(optimizers, "create", lambda *given: create(*given[:3], unclipped))
     shared = f"{arguments} --layers 2 --steps 6"
     assert run(f"{shared} --out ordinary") == 0
@@ -292,6 +299,8 @@ def test_updates_inside_the_backward_pass_are_the_ordinary_ones(
     expected = np.array(losses(tmp_path / "ordinary"))
     np.testing.assert_allclose(losses(tmp_path / "fused"), expected, rtol=1e-4)
     assert expected[-1, 1] < expected[0, 1] - 0.3, "it trains"
+    norms = [logged(tmp_path / out, "gradient_norm") for out in ("ordinary", "fused")]
+    np.testing.assert_allclose(*norms, rtol=1e-3)
 
 
 def test_learns_and_writes_all_it_says(run, capsys, tmp_path):
@@ -302,11 +311,73 @@ def test_learns_and_writes_all_it_says(run, capsys, tmp_path):
     assert rows[0]["loss"] > 5
     assert rows[-1]["validation_loss"] < 2
     assert sum("validation_loss" in row for row in rows) == 10
+    rates = [row["learning_rate"] for row in rows]
+    np.testing.assert_allclose(rates[:7], np.arange(7) * 3e-3 / 6, rtol=1e-5)
+    decay = 3e-4 + 2.7e-3 * (1 + np.cos(np.pi * np.arange(54) / 54)) / 2
+    np.testing.assert_allclose(rates[6:], decay, rtol=1e-5)
+    assert all(0 < row["gradient_norm"] < 100 for row in rows)
+    for row in rows:
+        assert row["tokens_per_second"] * row["step_seconds"] == pytest.approx(8 * 32, rel=1e-2)
     assert (out / "loss.png").stat().st_size > 10_000
     assert (out / "checkpoints" / "60").is_dir()
     printed = capsys.readouterr().out
     for words in ("q_proj", "validation loss", "nats per token", "tokens/s", "MiB", "loss.png"):
         assert words in printed
+
+
+@pytest.mark.slow
+def test_gradient_norm_is_that_of_the_first_gradient(corpus, tmp_path):
+    """Also where clipping alone has it."""
+    argv = f"{MICRO} --data {corpus} --optimizer adamw --out {tmp_path / 'out'}".split()
+    norms = []
+    for extra in ([], ["--scan-layers", "--fused"]):
+        run = pretrain.prepare(pretrain.parse([*argv, *extra]))
+        state, windows = run.run.init(), next(run.run.batches)
+        gradients = jax.grad(run.loss)(state.params, windows)
+        leaves = [np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(gradients)]
+        norms.append(np.linalg.norm(np.concatenate(leaves)))
+        _, logged = run.run.compile()(1, state, windows)
+        assert float(logged["gradient_norm"]) == pytest.approx(norms[-1], rel=1e-4)
+
+
+class Board:
+    """In the place of tensorboardX and wandb: what they are given."""
+
+    def __init__(self, **given):
+        self.given, self.rows, self.id = given, [], "some-id"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.closed = True
+
+    def add_scalar(self, name, value, step):
+        self.rows.append((step, name, value))
+
+    def log(self, row, step):
+        self.rows += [(step, name, value) for name, value in row.items()]
+
+
+def test_metrics_go_to_boards(tmp_path, monkeypatch):
+    boards = []
+    make = lambda *args, **given: boards.append(Board(args=args, **given)) or boards[-1]
+    modules = {"tensorboardX": {"SummaryWriter": make}, "wandb": {"init": make}}
+    for name, members in modules.items():
+        monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(**members))
+    output = options.RunOptions(tensorboard=True, wandb="project")
+    rows = [{"step": 7, "loss": 1.5}, {"step": 8, "loss": 1.0, "validation_loss": 2.0}]
+    for start in (0, 6):
+        with loggers.opened(output, tmp_path, {"rank": 4}, start) as logs:
+            for log in logs:
+                log(rows)
+    expected = [(7, "loss", 1.5), (8, "loss", 1.0), (8, "validation_loss", 2.0)]
+    assert all(board.rows == expected and board.closed for board in boards)
+    first, sent, second, resumed = (board.given for board in boards)
+    assert first["args"] == (str(tmp_path / "tensorboard"),)
+    assert (first["purge_step"], second["purge_step"]) == (1, 7)
+    assert sent["project"] == "project" and sent["config"] == {"rank": 4} and sent["id"] is None
+    assert resumed["id"] == "some-id" and resumed["resume"] == "allow"
 
 
 @pytest.mark.parametrize(
@@ -547,7 +618,7 @@ def refused(capsys, code: int, *words: str) -> None:
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        ("--optimizer adam", ["'adam'", "sumo", "adamw"]),
+        ("--optimizer adam", ["'adam'", "did you mean adamw?", "sumo"]),
         ("--preset 3b", ["'3b'", "tiny", "7b"]),
         ("--optimizer galore --rank 0", ["--rank", "0", "at least 1"]),
         ("--rank 1.5", ["rank must be", "(0, 1]", "1.5"]),
@@ -555,14 +626,18 @@ def refused(capsys, code: int, *words: str) -> None:
         ("--optimizer sumo --rank 0", ["--rank", "0", "at least 1"]),
         ("--optimizer sumo --refresh-every 0", ["--refresh-every", "0", "at least 1"]),
         ("--optimizer adamw --rank 8", ["adamw", "--rank"]),
-        ("--set moment=0.9", ["moment", "--set", "momentum"]),
+        ("--set moment=0.9", ["sumo", "--set", "'moment'; did you mean momentum?"]),
+        ("--set momentum=0.9 --set sides=long", ["'sides'; did you mean side?"]),
+        ("--tensorboard", ["--tensorboard needs tensorboardX", "pip install tensorboardX"]),
+        ("--wandb project", ["--wandb needs wandb", "pip install wandb"]),
         ("--set momentum", ["NAME=VALUE", "'momentum'"]),
         ("--set momentum=high", ["momentum", "'high'"]),
         ("--steps 0", ["--steps", "0", "at least 1"]),
         ("--batch -1", ["--batch", "-1", "at least 1"]),
         ("--learning-rate x", ["--learning-rate", "'x'"]),
         ("--learning-rate -1", ["--learning-rate", "-1"]),
-        ("--optimiser adamw", ["--optimiser"]),
+        ("--optimiser adamw", ["unknown option --optimiser; did you mean --optimizer?"]),
+        ("--xyzzy", ["unknown option --xyzzy; --help has all options"]),
         ("--tokenizer words", ["bytes", "bpe:SIZE", "'words'"]),
         ("--heads 3", ["width 32", "heads 3"]),
         ("--length 1000000", ["too few", "--length"]),
@@ -575,9 +650,40 @@ def refused(capsys, code: int, *words: str) -> None:
         ("--fused --optimizer galore", ["galore", "leave out --fused"]),
     ],
 )
-def test_wrong_arguments_are_one_clear_line(run, capsys, tmp_path, arguments, words):
+def test_wrong_arguments_are_one_clear_line(run, capsys, tmp_path, monkeypatch, arguments, words):
+    for library in ("tensorboardX", "wandb"):  # as if they were not there
+        monkeypatch.setitem(sys.modules, library, None)
     refused(capsys, run(arguments), *words)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["--set momentum=0.9 side=long", "--set momentum=0.9 --set side=long"],
+)
+def test_settings_add_up(arguments):
+    config = pretrain.parse(arguments.split())
+    found = pretrain.complete(config.optimizer, config.optimization, config.model, config.training)
+    assert found["momentum"] == 0.9 and found["side"] == "long"
+
+
+@pytest.mark.parametrize(
+    "arguments, defaults",
+    [
+        ("", ["0.015", "32", "10 with sumo", "500", "a tenth of the steps"]),
+        ("--optimizer adamw --preset 60m", ["0.003", "this optimizer has none", "10000"]),
+        ("--width 256", ["64"]),
+    ],
+)
+def test_help_has_groups_and_the_real_defaults(capsys, arguments, defaults):
+    with pytest.raises(SystemExit, match="0"):
+        pretrain.parse([*arguments.split(), "--help"])
+    printed = " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
+    assert "None" not in printed.replace("residual=None", "")
+    for group in ("optimization", "model", "data", "training", "devices", "output"):
+        assert f"{group} options" in printed
+    for default in defaults:
+        assert f"(default: {default}" in printed
 
 
 def test_out_must_be_a_folder(run, capsys, tmp_path):

@@ -12,7 +12,8 @@ from jax.sharding import PartitionSpec as P
 from optax.contrib import MuonDimensionNumbers as Axes
 
 import sumo_optax
-from sumo_optax._plan import PRESETS, parameters, plan
+from sumo_optax._decoder import parameters
+from sumo_optax._plan import PRESETS, plan
 from sumo_optax._quantize import Quantized, dequantized, quantized, requantized
 
 SIZES = [(6, 300), (7, 301), (6, 1), (2, 4, 3, 130)]
