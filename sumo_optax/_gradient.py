@@ -30,9 +30,9 @@ class Update(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Gradients:
-    """G, B matrices m x n, as their leaves hold them: in the leaves' dtype and order.
+    """The gradients G of B matrices m x n, kept as their leaves hold them.
 
-    Half of a model's matrices are wider than tall: a transpose written out costs a pass over them.
+    A leaf that holds n x m matrices is never transposed: that would copy it.
     """
 
     batches: Sequence[Batch]  # of the leaves, (1,) where a leaf is one matrix

@@ -39,10 +39,10 @@ class Rule(NamedTuple):
     """An optimizer for a stack of B matrices m x n. Its state is a tuple of trees of arrays.
 
     init(m, n, r, dtype, key) -> the state of one matrix
-    due(t, state, phase) -> (B,): which matrices have a new basis in this step
-    step(G, state, t, due, keys) -> Update, state; due is None where G is projected, which allows no
-      new basis; keys() gives (B,) keys that depend on the leaf and t alone
-    axes(m, n, r) -> a tree like the state with the names of each array's axes, as "mr" or "rn"
+    refresh_due(t, state, phase) -> (B,): which matrices have a new basis in this step
+    step(G, state, t, refresh_due, keys) -> Update, state; refresh_due is None where G is projected:
+      no new basis can be made then; keys() gives (B,) keys that depend on the leaf and t alone
+    state_axes(m, n, r) -> a tree like the state: the names of each array's axes, as "mr" or "rn"
     rank: from which each leaf has its r, at most the short side
     side: which side of the matrix is m
     stagger: whether leaves have a phase, from 0 to 1, each; else it is 0
@@ -51,21 +51,21 @@ class Rule(NamedTuple):
     """
 
     init: Callable[..., tuple[PyTree, ...]]
-    due: Callable[..., jax.Array]
+    refresh_due: Callable[..., jax.Array]
     step: Callable[..., tuple[Update, tuple[PyTree, ...]]]
-    axes: Callable[[int, int, int], tuple[PyTree, ...]]
+    state_axes: Callable[[int, int, int], tuple[PyTree, ...]]
     rank: Rank
     side: Side = "long"
     stagger: bool = False
     drifts: bool = False
     packed: int = 1
 
-    def words(self, view: View) -> list[str]:
-        return jax.tree.leaves(self.axes(view.m, view.n, view.r))
+    def axis_names(self, view: View) -> list[str]:
+        return jax.tree.leaves(self.state_axes(view.m, view.n, view.r))
 
     def structure(self) -> Any:
         """Of a state, also where there is no matrix."""
-        return jax.tree.structure(self.axes(1, 1, 1))
+        return jax.tree.structure(self.state_axes(1, 1, 1))
 
 
 Step = Callable[..., tuple[list[jax.Array], list[list[jax.Array]], jax.Array]]
@@ -169,10 +169,10 @@ def _stack_step(
     precision: Any,
     views: list[View],
 ) -> Step:
-    """That of a stack, as a whole.
+    """A step of a whole stack.
 
-    A matrix whose state would not be finite is skipped. A NaN or Inf anywhere in G makes it so,
-    since QᵀG and the like read all of G: a look at the small state is a look at G.
+    A matrix is skipped where its new state has a NaN or Inf. The products that make the state read
+    all of G, so a NaN or Inf anywhere in G reaches it, and G itself need not be searched.
     """
     batches = [view.batch or (1,) for view in views]
     axes = len(group.batch)
@@ -201,14 +201,14 @@ def _stack_step(
         keys = lambda: jax.vmap(key_of)(hashes)
         # Small matrices want full float32 products, which GPUs and TPUs do not give by default.
         with jax.default_matmul_precision("highest"):
-            due = None if group.projected else rule.due(t, old, group.phase)
-            D, new = rule.step(G, old, t, due, keys)
+            refresh_due = None if group.projected else rule.refresh_due(t, old, group.phase)
+            D, new = rule.step(G, old, t, refresh_due, keys)
         good, bad = None, jnp.zeros([], jnp.int32)
         if skip_nonfinite:
             good = _are_finite(new)
             new, bad = choose(good, new, old), jnp.sum(~good, dtype=jnp.int32)
             good = good[:, None, None]
-            # Or the compiler may multiply all updates out first, and keep them till it knows.
+            # Else the compiler may compute all updates first and hold them until it knows `good`.
             D = D._replace(right=or_zero(good, D.right))
         outputs = [view.to_leaf(x) for view, x in zip(views, G.updates(D, good), strict=True)]
         new_states = [
@@ -239,7 +239,7 @@ def hash_of(path: Path) -> np.uint32:
 
 
 def _are_finite(state: PyTree) -> jax.Array:
-    """Of which matrices a state is, (B,): 0 times NaN or Inf is NaN, and a sum is fast."""
+    """Which matrices have a finite state, (B,): 0 times NaN or Inf is NaN, and a sum is fast."""
     floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
     sums = [jnp.sum(0 * x, axis=tuple(range(1, x.ndim))) for x in floats]
     return functools.reduce(jnp.add, sums) == 0

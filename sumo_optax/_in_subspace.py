@@ -18,7 +18,7 @@ from sumo_optax._axes import WeightDimensionNumbers
 from sumo_optax._gradient import Update
 from sumo_optax._group import Rule
 from sumo_optax._linalg import choose
-from sumo_optax._matrix import lift
+from sumo_optax._matrix import matrix_transformation
 from sumo_optax._paths import PyTree, map_named
 from sumo_optax._rank import Rank
 from sumo_optax._view import Side
@@ -154,7 +154,7 @@ def in_subspace(
     side: Side,
     transport: bool,
     scale: jax.typing.ArrayLike,
-    **lifted: Any,
+    **of_tree: Any,
 ) -> optax.GradientTransformationExtraArgs:
     _check.transformation("inner", inner)
     refresh_every = _check.integer("refresh_every", refresh_every, least=1)
@@ -179,13 +179,15 @@ def in_subspace(
             jax.tree.map(like((r, n), "rn"), inner_state),
         )
 
-    def due(t, state, phase):
+    def refresh_due(t, state, phase):
         P, _, _ = state
         return (
-            _subspace.is_missing(P) if online_pca else _subspace.is_due(t, P, refresh_every, phase)
+            _subspace.is_missing(P)
+            if online_pca
+            else _subspace.is_refresh_due(t, P, refresh_every, phase)
         )
 
-    def step(G, state, t, due, keys):
+    def step(G, state, t, refresh_due, keys):
         P, projector, inner_state = state
         begins = _subspace.is_missing(P)
 
@@ -193,7 +195,7 @@ def in_subspace(
             P_new = _subspace.refresh(G, P, keys(), basis)
             return P_new, _transported(inner_state, P_new, P) if transport else inner_state
 
-        P, inner_state = _subspace.refreshed(due, refresh, (P, inner_state))
+        P, inner_state = _subspace.refreshed(refresh_due, refresh, (P, inner_state))
 
         G_hat = G.left_product(P)
         # One matrix at a time, since `inner` may be any transformation.
@@ -208,8 +210,8 @@ def in_subspace(
         return Update(P, scale * delta), (P_new, projector, inner_state)
 
     drifts = online_pca is not None
-    rule = Rule(init, due, step, axes, rank, side, stagger, drifts)
-    return lift(rule, SubspaceState, **lifted)
+    rule = Rule(init, refresh_due, step, axes, rank, side, stagger, drifts)
+    return matrix_transformation(rule, SubspaceState, **of_tree)
 
 
 def _moved(pca: OnlinePCA, gradient, P, state, t) -> tuple[jax.Array, PyTree]:

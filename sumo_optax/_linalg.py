@@ -207,7 +207,7 @@ def _by_products(X: jax.Array, *, drop: bool, product: Callable, unroll: int) ->
         # ||A²||^½ is at least the largest eigenvalue, and mostly less than twice as much.
         bound = jnp.where(step == 0, _or_one(_square(A2) ** 0.25), 1)
         A, A2, Y = A / bound, A2 / bound**2, Y / bound**0.5
-        # No is what NaN answers, which stays so, and 0 too: no matter of the other matrices.
+        # A matrix with NaN or of zeros cannot change, so it never counts as far: the others decide.
         far = jnp.any((_square(I - 2 * A + A2) > _NEAR**4) & (_square(A) > 0))
         quintics = table[jnp.where(far, step, len(triples) - 1)]
         (_, _, W), _ = jax.lax.scan(quintic, (A, A2, I), quintics, unroll=unroll)
@@ -237,7 +237,7 @@ def _polar_by_svd(x: jax.Array) -> jax.Array:
 
 
 def above_rounding(s: jax.Array) -> jax.Array:
-    """Which singular values (..., k), the largest first, are not lost in rounding; NaN is not."""
+    """Which singular values (..., k), the largest first, are above rounding; NaN counts too."""
     return ~(s <= 4 * jnp.finfo(s.dtype).eps * s[..., :1])
 
 

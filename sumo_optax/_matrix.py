@@ -29,7 +29,7 @@ from sumo_optax._view import View, matrix_views
 MATRIX, FALLBACK = "matrix", "fallback"
 
 
-def lift(
+def matrix_transformation(
     rule: Rule,
     state_type: Any,
     *,
@@ -77,7 +77,7 @@ def lift(
             key_of_leaf = jax.random.fold_in(jax.random.fold_in(key, hash_of(path)), 0)
             one = rule.init(view.m, view.n, view.r, dtype, key_of_leaf)
             one = _stacked(one, view.batch, dtype if state_dtype is None else state_dtype)
-            words.append(rule.words(view))
+            words.append(rule.axis_names(view))
             states.append(_layout.placed(jax.tree.leaves(one), leaf, view, words[-1]))
         trees = []
         for i in range(rule.structure().num_leaves):
@@ -206,7 +206,7 @@ def _without_matrices(treedef, leaves, views) -> PyTree:
     )
 
 
-def descend(
+def decay_and_scale(
     learning_rate: optax.ScalarOrSchedule,
     weight_decay: jax.typing.ArrayLike,
     weight_decay_mask: Any,

@@ -26,7 +26,7 @@ from sumo_optax._axes import WeightDimensionNumbers
 from sumo_optax._gradient import Update, WholeGradients
 from sumo_optax._group import Rule
 from sumo_optax._linalg import above_rounding, orthonormal_columns, svd
-from sumo_optax._matrix import descend, lift
+from sumo_optax._matrix import decay_and_scale, matrix_transformation
 from sumo_optax._paths import PyTree
 from sumo_optax._rank import Rank
 
@@ -122,11 +122,11 @@ def scale_by_mofasgd(
     def init(m, n, r, dtype, key):
         return jnp.zeros((m, r), dtype), jnp.zeros(r, dtype), jnp.zeros((n, r), dtype)
 
-    def due(t, state, phase):
+    def refresh_due(t, state, phase):
         _, s, _ = state
         return ~jnp.any(s, axis=-1)
 
-    def step(G, state, t, due, keys):
+    def step(G, state, t, refresh_due, keys):
         beta = momentum(t) if callable(momentum) else momentum
         U, s, V = state
 
@@ -137,7 +137,7 @@ def scale_by_mofasgd(
             random = jax.vmap(lambda key: jax.random.normal(key, (n, r), V.dtype))(keys())
             return U_new, jnp.zeros_like(V), random / n**0.5
 
-        U, V, spare = _subspace.refreshed(due, begin, (U, V, V))
+        U, V, spare = _subspace.refreshed(refresh_due, begin, (U, V, V))
         seen = _Seen.of(G, U, V)
         U, s, V = _tangent_step(seen, s[:, None], beta, spare)
 
@@ -150,8 +150,8 @@ def scale_by_mofasgd(
             D = _with_complement(D, seen, complement)
         return D, (U, s[:, 0], V)
 
-    return lift(
-        Rule(init, due, step, lambda m, n, r: ("mr", "r", "nr"), rank),
+    return matrix_transformation(
+        Rule(init, refresh_due, step, lambda m, n, r: ("mr", "r", "nr"), rank),
         MofasgdState,
         fallback=fallback,
         weight_dimension_numbers=weight_dimension_numbers,
@@ -287,7 +287,7 @@ def mofasgd(
             state_dtype=state_dtype,
             seed=seed,
         ),
-        descend(
+        decay_and_scale(
             learning_rate,
             weight_decay,
             weight_decay_mask,

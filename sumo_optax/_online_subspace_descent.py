@@ -19,7 +19,7 @@ import optax
 from sumo_optax import _check
 from sumo_optax._axes import WeightDimensionNumbers
 from sumo_optax._in_subspace import OnlinePCA, in_subspace
-from sumo_optax._matrix import descend
+from sumo_optax._matrix import decay_and_scale
 from sumo_optax._rank import Rank
 from sumo_optax._view import Side
 
@@ -188,7 +188,7 @@ def online_subspace_descent(
             state_dtype=state_dtype,
             seed=seed,
         ),
-        descend(
+        decay_and_scale(
             learning_rate,
             weight_decay,
             weight_decay_mask,

@@ -156,7 +156,7 @@ def in_few_bits(rule: Rule, bits: int) -> Rule:
             squares = _are_squares(path)
             return Quantized(of_leaf, blocks, axis, squares, not (squares or rule.drifts))
 
-        return jax.tree.map_with_path(of, rule.axes(1, 1, 1), rule.axes(m, n, r))
+        return jax.tree.map_with_path(of, rule.state_axes(1, 1, 1), rule.state_axes(m, n, r))
 
     like = axes(1, 1, 1)
 
@@ -166,12 +166,14 @@ def in_few_bits(rule: Rule, bits: int) -> Rule:
 
         return jax.tree.map(of, like, rule.init(m, n, r, dtype, key), is_leaf=_is_quantized)
 
-    def step(G, state, t, due, keys):
-        D, new = rule.step(G, dequantized(state), t, due, keys)
+    def step(G, state, t, refresh_due, keys):
+        D, new = rule.step(G, dequantized(state), t, refresh_due, keys)
         return D, requantized(new, state, t)
 
-    due = lambda t, state, phase: rule.due(t, dequantized(state), phase)
-    return rule._replace(init=init, due=due, step=step, axes=axes, packed=8 // bits)
+    refresh_due = lambda t, state, phase: rule.refresh_due(t, dequantized(state), phase)
+    return rule._replace(
+        init=init, refresh_due=refresh_due, step=step, state_axes=axes, packed=8 // bits
+    )
 
 
 def bits_of(dtype: Any) -> int | None:

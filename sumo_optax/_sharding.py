@@ -15,7 +15,7 @@ def state_shardings(
     params: PyTree,
     param_shardings: PyTree,
     *,
-    state_axes: Collection[str] | None = None,
+    mesh_axes: Collection[str] | None = None,
 ) -> PyTree:
     """The sharding of every array of an optimizer's state, from those of the parameters.
 
@@ -31,7 +31,7 @@ def state_shardings(
       params: tree of arrays or ``jax.ShapeDtypeStruct``.
       param_shardings: tree like `params` of ``jax.sharding.NamedSharding``, all of one mesh,
         which may be a ``jax.sharding.AbstractMesh``: of devices that are not here.
-      state_axes: names of the mesh axes that may be c above, by default all of the mesh.
+      mesh_axes: names of the mesh axes that may be c above, by default all of the mesh.
 
     Returns:
       Tree of ``NamedSharding`` like ``tx.init(params)``.
@@ -52,7 +52,7 @@ def state_shardings(
       True
       >>> state = jax.jit(tx.init, out_shardings=state_sharding)(params)
     """
-    state = abstract_state(tx, params, param_shardings, state_axes=state_axes)
+    state = abstract_state(tx, params, param_shardings, mesh_axes=mesh_axes)
     return jax.tree.map(lambda x: x.sharding, state)
 
 
@@ -61,7 +61,7 @@ def abstract_state(
     params: PyTree,
     param_shardings: PyTree,
     *,
-    state_axes: Collection[str] | None = None,
+    mesh_axes: Collection[str] | None = None,
 ) -> PyTree:
     """Shape, dtype and sharding of every array of an optimizer's state: what Orbax restores onto.
 
@@ -85,7 +85,7 @@ def abstract_state(
     if mesh is None:
         return jax.eval_shape(tx.init, params)
     # Types carry shardings on a mesh with explicit axes, so there `init` says where its state lies.
-    explicit = _explicit(mesh, _of_parameters(param_shardings) | _known(state_axes, mesh))
+    explicit = _explicit(mesh, _of_parameters(param_shardings) | _known(mesh_axes, mesh))
     typed = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(
             x.shape, x.dtype, sharding=NamedSharding(explicit, s.spec)
@@ -130,7 +130,7 @@ def _of_parameters(param_shardings: PyTree) -> set[str]:
     return set(jax.tree.leaves(specs))
 
 
-def _known(state_axes: Collection[str] | None, mesh: Any) -> set[str]:
-    if unknown := set(state_axes or ()) - set(mesh.axis_names):
-        raise ValueError(f"state_axes must be among {mesh.axis_names}, got {sorted(unknown)}")
-    return set(mesh.axis_names if state_axes is None else state_axes)
+def _known(mesh_axes: Collection[str] | None, mesh: Any) -> set[str]:
+    if unknown := set(mesh_axes or ()) - set(mesh.axis_names):
+        raise ValueError(f"mesh_axes must be among {mesh.axis_names}, got {sorted(unknown)}")
+    return set(mesh.axis_names if mesh_axes is None else mesh_axes)

@@ -23,7 +23,11 @@ def check_basis(basis: str) -> None:
 
 
 def start(m: int, r: int, dtype: jnp.dtype, key: jax.Array, basis: Basis) -> jax.Array:
-    """What there is before a gradient, (m, r): for tracking any subspace will do, else none, 0."""
+    """The basis before the first gradient, (m, r).
+
+    Tracking starts from a random subspace, which it then improves. Elsewhere there is no basis yet,
+    which is Q = 0.
+    """
     return _random_basis(m, r, dtype, key) if basis == "tracking" else jnp.zeros((m, r), dtype)
 
 
@@ -33,27 +37,31 @@ def _random_basis(m: int, r: int, dtype: jnp.dtype, key: jax.Array) -> jax.Array
     return orthonormal_columns(Y, Y / m**0.5)
 
 
-def is_due(t: jax.Array, Q: jax.Array, refresh_every: int, phase: float) -> jax.Array:
-    """Which matrices, (B,): all every `refresh_every` steps, and those without a basis yet (Q = 0).
+def is_refresh_due(t: jax.Array, Q: jax.Array, refresh_every: int, phase: float) -> jax.Array:
+    """Which matrices get a new basis in step t, (B,).
 
-    With a `phase` from 0 to 1 they are due at that part of the interval.
+    All do in every step that is a multiple of `refresh_every`, or at the part `phase`, from 0 to 1,
+    of each such interval. A matrix without a basis (Q = 0) always does.
     """
     return ((t - int(phase * refresh_every)) % refresh_every == 0) | is_missing(Q)
 
 
 def is_missing(Q: jax.Array) -> jax.Array:
-    """Which bases, (B,), no gradient has given yet: one column tells, 0 in no basis."""
+    """Which bases, (B,), are not made yet: their first column is 0, which no basis has."""
     return ~jnp.any(Q[..., 0], axis=-1)
 
 
-def refreshed(due: jax.Array | None, move: Callable[[], Any], stay: Any) -> Any:
-    """What `move` gives for the matrices that are `due`, under one predicate for all of them.
+def refreshed(refresh_due: jax.Array | None, move: Callable[[], Any], stay: Any) -> Any:
+    """What `move` gives for the matrices whose refresh is due, `stay` for the others.
 
-    Projected gradients allow no refresh: None is due then.
+    `move` runs only in steps in which some matrix is due. `refresh_due` is None for projected
+    gradients, from which no basis can be made.
     """
-    if due is None:
+    if refresh_due is None:
         return stay
-    return jax.lax.cond(jnp.any(due), lambda: choose(due, move(), stay), lambda: stay)
+    return jax.lax.cond(
+        jnp.any(refresh_due), lambda: choose(refresh_due, move(), stay), lambda: stay
+    )
 
 
 def refresh(G: WholeGradients, Q: jax.Array, keys: jax.Array, basis: Basis) -> jax.Array:

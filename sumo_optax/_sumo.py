@@ -10,7 +10,8 @@ Where this differs from the paper, or fills in what it leaves open:
 5. The basis may also follow the gradient a little at a time ("tracking"), without refreshes: the
    next one is that of G Oᵀ, subspace iteration from the rows of the moment, whose basis is O.
 6. The subspace is stale where ||QᵀG||² <= ς ||G||², which does not depend on the gradient's scale;
-   the paper compares ||QᵀG|| with a number. It is seen one step late: QᵀG is not had twice.
+   the paper compares ||QᵀG|| with a number. The basis moves at the step after: QᵀG is known only
+   once the step has begun, and with a new basis it would have to be computed again.
 7. Where no gradient has given a basis yet, the next one does, whatever the interval.
 """
 
@@ -25,7 +26,7 @@ from sumo_optax._axes import WeightDimensionNumbers
 from sumo_optax._gradient import Update, WholeGradients
 from sumo_optax._group import Rule
 from sumo_optax._linalg import PolarMethod, check_polar_method, column_norms, polar_factor
-from sumo_optax._matrix import descend, lift
+from sumo_optax._matrix import decay_and_scale, matrix_transformation
 from sumo_optax._paths import PyTree
 from sumo_optax._rank import Rank
 from sumo_optax._view import Side
@@ -174,12 +175,12 @@ def scale_by_sumo(
         Q = _subspace.start(m, r, dtype, key, basis)
         return Q, jnp.zeros((r, n), dtype), jnp.zeros((), dtype), jnp.ones((), dtype)
 
-    def due(t, state, phase):
+    def refresh_due(t, state, phase):
         Q, _, _, captured = state
-        due = _subspace.is_due(t, Q, refresh_every, phase)
-        return due if refresh_below is None else due | (captured <= refresh_below)
+        refresh_due = _subspace.is_refresh_due(t, Q, refresh_every, phase)
+        return refresh_due if refresh_below is None else refresh_due | (captured <= refresh_below)
 
-    def step(G, state, t, due, keys):
+    def step(G, state, t, refresh_due, keys):
         Q, M, last_norm, captured = state
 
         def moved(Q, M, new_basis):
@@ -187,7 +188,7 @@ def scale_by_sumo(
                 Q_new = new_basis()
                 return Q_new, _subspace.transport(Q_new, Q, M)
 
-            return move() if refresh_every == 1 else _subspace.refreshed(due, move, (Q, M))
+            return move() if refresh_every == 1 else _subspace.refreshed(refresh_due, move, (Q, M))
 
         # Block 1: the subspace, and the moment carried into it.
         if basis != "tracking":
@@ -222,8 +223,8 @@ def scale_by_sumo(
         return D, (Q, M, norm, captured)
 
     axes = lambda m, n, r: ("mr", "rn", "", "")
-    rule = Rule(init, due, step, axes, rank, side, stagger)
-    return lift(
+    rule = Rule(init, refresh_due, step, axes, rank, side, stagger)
+    return matrix_transformation(
         rule,
         SumoState,
         fallback=fallback,
@@ -355,7 +356,7 @@ def sumo(
             state_dtype=state_dtype,
             seed=seed,
         ),
-        descend(
+        decay_and_scale(
             learning_rate,
             weight_decay,
             weight_decay_mask,

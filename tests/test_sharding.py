@@ -281,9 +281,9 @@ def test_axes_of_a_mesh_that_are_kept_from_the_state():
     of = functools.partial(sumo_optax.state_shardings, sumo_optax.scale_by_sumo(8), params)
     spec = lambda **kwargs: of(shardings, **kwargs).basis["kernel"].spec
     assert spec() == P(None, ("x", "y"))
-    assert spec(state_axes=()) == spec(state_axes=("x",)) == P(None, "x")
+    assert spec(mesh_axes=()) == spec(mesh_axes=("x",)) == P(None, "x")
     with pytest.raises(ValueError, match=r"among \('x', 'y'\), got \['z'\]"):
-        of(shardings, state_axes=("z",))
+        of(shardings, mesh_axes=("z",))
 
 
 # Real models.
