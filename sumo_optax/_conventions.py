@@ -23,6 +23,7 @@ from sumo_optax._leaf import (
     Axes,
     Seen,
     axis_names,
+    has_heads,
     is_large,
     is_named,
     seen,
@@ -38,6 +39,7 @@ _TABLE_OR_HEAD = re.compile(
 # Heads where they stand outside of any layer; layers have matrices of these names.
 _LAST = re.compile(r"^(output|proj_out)$")
 _LAYER = re.compile(r"\d|layer|block|att|mlp|ffn")
+_BLOCK_DIAGONAL = "o_a_proj"  # of DeepSeek 4, a matrix for each group of heads
 _SHORT_CONV = re.compile(r"conv_?1d|short_?conv|depthwise|dwconv")
 
 _WIDTH_NAME = re.compile(r"^(embed|emb|d_model|model_dim|features)$")
@@ -300,8 +302,13 @@ def _is_out_of_heads(x: Seen) -> bool:
 
 
 def _is_expert(x: Seen, by_names: dict[Path, Seen]) -> bool:
-    """By its path, or by a router beside it that has as many outputs."""
-    if re.search(r"expert|(^|_| )moe", x.inside):
+    """By its path, or by a router beside it that has as many outputs.
+
+    The attention of a block that is called after its experts is none of them.
+    """
+    if has_heads(x) and "att" in x.inside:
+        return False
+    if x.module == _BLOCK_DIAGONAL or re.search(r"expert|(^|_| )moe", x.inside):
         return True
     if INTO_HEADS.match(x.module) or OUT_OF_HEADS.match(x.module):
         return False

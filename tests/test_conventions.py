@@ -487,6 +487,13 @@ MAXTEXT_DEEPSEEK = MAXTEXT_MIXTRAL | {
     "params/decoder/layers/*/self_attention/wkv_b/kernel": (32, 8, 28),
     "params/decoder/layers/*/self_attention/kv_norm/scale": (32,),
 }
+# Attention that stands in a block named after its experts, and is none of them.
+_among_experts = lambda path: path.replace("r/layers", "r/moe_layers").replace("Moe", "moe/Moe")
+MAXTEXT_DEEPSEEK = {_among_experts(path): shape for path, shape in MAXTEXT_DEEPSEEK.items()} | {
+    "params/decoder/moe_layers/*/moe/shared_experts/wi_0/kernel": (64, 48),
+    "params/decoder/moe_layers/*/self_attention/o_a_proj/kernel": (2, 64, 24),
+    "params/decoder/moe_layers/*/self_attention/csa_compressor/position_bias": (4, 24),
+}
 VIT = {
     "embedding/kernel": (16, 16, 3, 64),
     "embedding/bias": (64,),
@@ -524,6 +531,7 @@ ROLES = {
     **{name: ((0,), (1, 2)) for name in ("q_proj/w", "k_proj/w", "v_proj/w")},
     **{f"{name}/kernel": ((0,), (1, 2)) for name in ("query", "key", "value", "wq_b", "wkv_b")},
     **{name: ((0, 1), (2,)) for name in ("o_proj/w", "out/kernel")},
+    "o_a_proj/kernel": BIO,
     **{name: BIO for name in ("wi_0", "wi_1", "wo", "gate_proj", "up_proj", "down_proj")},
     **{
         f"{name}/kernel": ((0, 1, 2), (3,))

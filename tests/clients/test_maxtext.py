@@ -7,11 +7,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import maxtext
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import runs
+from flax import nnx
+from maxtext.configs import pyconfig
+from maxtext.utils import maxtext_utils, model_creation_utils, muon_utils
+
+import sumo_optax
 
 HERE = Path(__file__).parent
 LAST = str(runs.STEPS - 1)  # the last step, and so the last checkpoint
@@ -72,15 +78,70 @@ def test_ten_steps_and_a_resumed_run(tmp_path, scanned):
     resumed_losses, resumed = train(tmp_path, scanned=scanned)
     assert resumed_losses == losses[-len(resumed_losses) :]
     runs.assert_same_bits(resumed, whole)
-    shapes = {np.shape(x) for x in _leaves(whole, "basis")}
+    shapes = {
+        np.shape(x)
+        for path, x in jax.tree_util.tree_leaves_with_path(whole)
+        if "basis" in jax.tree_util.keystr(path)
+    }
     assert shapes == ({(3, 32, 8), (3, 16, 8)} if scanned else {(32, 8), (16, 8)})
 
 
-def _leaves(tree, name):
-    """All arrays under any branch of this name."""
-    if not isinstance(tree, dict):
-        return []
-    inside = [x for k, sub in tree.items() if k != name for x in _leaves(sub, name)]
-    flat = lambda x: [y for sub in x.values() for y in flat(sub)] if isinstance(x, dict) else [x]
-    own = flat(tree[name]) if name in tree else []
-    return inside + [x for x in own if hasattr(x, "shape")]
+# One of each kind of MaxText's configurations.
+CONFIGURATIONS = (
+    "deepseek2-16b",
+    "deepseek3.2-671b",
+    "deepseek4-284b",
+    "gemma-2b",
+    "gemma2-2b",
+    "gemma3-4b",
+    "gemma4-26b",
+    "gpt-oss-20b",
+    "gpt3-6b",
+    "kimi-k2-1t",
+    "llama2-7b",
+    "llama4-17b-16e",
+    "mistral-7b",
+    "mixtral-8x7b",
+    "olmo3-7b",
+    "qwen2.5-7b",
+    "qwen3-0.6b",
+    "qwen3-30b-a3b",
+    "qwen3-next-80b-a3b",
+    "qwen3-omni-30b-a3b",
+)
+# What MaxText's table takes for matrices: biases of positions, and a head.
+FALLBACKS = ("position_bias", "hc_fn")
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_matrices_are_those_of_maxtexts_table_for_muon(name):
+    base = Path(maxtext.__file__).parent / "configs" / "base.yml"
+    arguments = {"model_name": name, "skip_jax_distributed_system": True}
+    arguments |= {"attention": "dot_product", "scan_layers": True}
+    config = pyconfig.initialize(
+        [None, str(base), *(f"{key}={value}" for key, value in arguments.items())]
+    )
+    devices = maxtext_utils.create_device_mesh(config)
+    mesh = jax.sharding.Mesh(devices, config.mesh_axes)
+    _, model = model_creation_utils.create_nnx_abstract_model(config, mesh)
+    params = nnx.state(model, nnx.Param)
+    ours = dict(nnx.to_flat_state(sumo_optax.flax_dimension_numbers(params)))
+    compared = 0
+    for path, variable in nnx.to_flat_state(params):
+        shape = variable.get_value().shape
+        names = tuple(map(str, path))
+        theirs = None if names[-1] in FALLBACKS else muon_utils.transform_logic(names, shape)
+        assert sides(ours[path], shape) == sides(theirs, shape), names
+        compared += theirs is not None
+    assert compared > 4
+    report = sumo_optax.describe(8, params)
+    assert {leaf.role for leaf in report.leaves} == {"matrix", "fallback"}
+
+
+def sides(spec, shape):
+    """Axes of inputs and outputs, without those of size 1."""
+    spec = spec.get_value() if isinstance(spec, nnx.Variable) else spec
+    if spec is None:
+        return None
+    axes = (spec.reduction_axis, spec.output_axis)
+    return [[a % len(shape) for a in side if shape[a] > 1] for side in axes]

@@ -111,6 +111,4 @@ def test_matrices():
     into = {"q_proj/w": (32, 16, ()), "k_proj/w": (16, 16, ()), "v_proj/w": (16, 16, ())}
     attention = {f"attn/{k}": v for k, v in (into | {"o_proj/w": (32, 16, ())}).items()}
     mlp = {f"mlp/{k}_proj/kernel": (40, 16, ()) for k in ("gate", "up", "down")}
-    assert found == {
-        f"layers/{i}/{k}": v for i in range(2) for k, v in (attention | mlp).items()
-    }
+    assert found == {f"layers/{i}/{k}": v for i in range(2) for k, v in (attention | mlp).items()}
