@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import maxtext
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 import runs
@@ -109,15 +110,27 @@ CONFIGURATIONS = (
     "qwen3-next-80b-a3b",
     "qwen3-omni-30b-a3b",
 )
-# What MaxText's table takes for matrices: biases of positions, and a head.
-FALLBACKS = ("position_bias", "hc_fn")
+# What MaxText's table takes for matrices: biases of positions, a head, a scale of each layer.
+FALLBACKS = ("position_bias", "hc_fn", "layer_scalar")
+
+
+def maxtexts_axes(path, shape):
+    """As its table means it."""
+    if path[-1] in FALLBACKS:
+        return None
+    if "qkv_proj" in path:  # GPT-3's, of which the table has a matrix for each head of each third
+        return optax.contrib.MuonDimensionNumbers((0,), (-3, -2, -1))
+    # It knows attention by its exact name, and so has a matrix for each head of Gemma 2's.
+    is_attention = lambda name: name.startswith("self_attention")
+    path = tuple("self_attention" if is_attention(name) else name for name in path)
+    return muon_utils.transform_logic(path, shape)
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_matrices_are_those_of_maxtexts_table_for_muon(name):
     base = Path(maxtext.__file__).parent / "configs" / "base.yml"
     arguments = {"model_name": name, "skip_jax_distributed_system": True}
-    arguments |= {"attention": "dot_product", "scan_layers": True}
+    arguments |= {"attention": "dot_product", "override_model_config": True}
     config = pyconfig.initialize(
         [None, str(base), *(f"{key}={value}" for key, value in arguments.items())]
     )
@@ -130,7 +143,7 @@ def test_matrices_are_those_of_maxtexts_table_for_muon(name):
     for path, variable in nnx.to_flat_state(params):
         shape = variable.get_value().shape
         names = tuple(map(str, path))
-        theirs = None if names[-1] in FALLBACKS else muon_utils.transform_logic(names, shape)
+        theirs = maxtexts_axes(names, shape)
         assert sides(ours[path], shape) == sides(theirs, shape), names
         compared += theirs is not None
     assert compared > 4
