@@ -270,13 +270,16 @@ def _by_name(x: Seen, by_names: dict[Path, Seen]) -> Reading | None:
 
 
 def _einsum(x: Seen, by_names: dict[Path, Seen]) -> Reading | None:
+    """Experts have one more axis in front."""
     inputs, outputs = EINSUMS[x.module]
-    if len(x.shape) != max(inputs + outputs) + 1:
+    experts = len(x.shape) - max(inputs + outputs) - 1
+    if experts not in (0, 1) or (experts == 1 and not _is_expert(x, by_names)):
         return None
     block = x.names[: x.names.index(x.module)]
     down = by_names.get((*block, "linear", "w")) or by_names.get((*block, "linear"))
-    if x.module == "gating_einsum" and down and down.shape[0] == x.shape[1] != x.shape[2]:
+    if x.module == "gating_einsum" and down and down.shape[-2] == x.shape[-2] != x.shape[-1]:
         inputs, outputs = outputs, inputs
+    inputs, outputs = (tuple(a + experts for a in side) for side in (inputs, outputs))
     return _matrix(x, inputs, outputs, f"{x.module}'s equation")
 
 

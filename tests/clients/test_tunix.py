@@ -1,5 +1,7 @@
 """Tunix's PeftTrainer on a small Qwen 3, as it is and on a mesh of 4 x 2 devices."""
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -112,3 +114,23 @@ def test_matrices():
     attention = {f"attn/{k}": v for k, v in (into | {"o_proj/w": (32, 16, ())}).items()}
     mlp = {f"mlp/{k}_proj/kernel": (40, 16, ()) for k in ("gate", "up", "down")}
     assert found == {f"layers/{i}/{k}": v for i in range(2) for k, v in (attention | mlp).items()}
+
+
+PUBLISHED = {
+    "llama3": "llama3p2_1b",
+    "qwen2": "qwen2p5_0p5b",
+    "qwen3": "qwen3_30b_a3b",
+    "gemma": "gemma2_2b",
+    "gemma3": "gemma3_12b_it",
+    "gemma4": "gemma4_26b_a4b",
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_no_leaf_of_a_published_model_is_open(name):
+    module = importlib.import_module(f"tunix.models.{name}.model")
+    [kind] = [x for k, x in vars(module).items() if k.lower() == name]
+    config = getattr(module.ModelConfig, PUBLISHED[name])()
+    model = nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0)))
+    found = runs.matrices(sumo_optax.describe(8, nnx.state(model, nnx.Param)))
+    assert all(config.embed_dim in (m, n) for m, n, _ in found.values())
