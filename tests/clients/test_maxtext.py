@@ -118,7 +118,13 @@ def maxtexts_axes(path, shape):
     """As its table means it."""
     if path[-1] in FALLBACKS:
         return None
-    if "qkv_proj" in path:  # GPT-3's, of which the table has a matrix for each head of each third
+    if path[-2].startswith("conv2d") and path[-1] == "kernel":  # it merges no window with channels
+        one_channel = shape[2] == 1
+        return None if one_channel else optax.contrib.MuonDimensionNumbers((0, 1, 2), (3,))
+    if path[-2:] == (
+        "qkv_proj",
+        "kernel",
+    ):  # GPT-3's, of which the table has a matrix for each head of each third
         return optax.contrib.MuonDimensionNumbers((0,), (-3, -2, -1))
     # It knows attention by its exact name, and so has a matrix for each head of Gemma 2's.
     is_attention = lambda name: name.startswith("self_attention")
