@@ -5,7 +5,8 @@ INSTALLED := .venv/installed
 # Compilers for GPUs and TPUs live apart: beside them JAX looks for devices that are not here.
 COMPILERS := .venv-compile/installed
 
-# Trainers as they are published, which need Python 3.12.
+# Trainers as they are published, which need Python 3.12. Some of what they need names an older
+# Python as its last, which pip minds and uv does not.
 CLIENTS := .venv-clients/installed .venv-haliax/installed
 
 # On a CPU, LAPACK's threads and XLA's wait for each other: small factorisations want one.
@@ -32,8 +33,8 @@ test-clients: $(CLIENTS)
 	.venv-haliax/bin/python -m pytest -rs -o filterwarnings=default tests/clients/test_haliax.py
 	.venv-clients/bin/python -m pytest -rs -o filterwarnings=default \
 	  --ignore tests/clients/test_haliax.py tests/clients
-	.venv-haliax/bin/python -m pip freeze --exclude-editable > tests/clients/haliax_versions.txt
-	.venv-clients/bin/python -m pip freeze --exclude-editable > tests/clients/versions.txt
+	.venv-haliax/bin/python -m pip freeze --exclude-editable --exclude uv > tests/clients/haliax_versions.txt
+	.venv-clients/bin/python -m pip freeze --exclude-editable --exclude uv > tests/clients/versions.txt
 
 test-versions:
 	.ci/test_versions
@@ -76,5 +77,7 @@ $(COMPILERS): pyproject.toml
 .venv-haliax/installed: PINS := haliax_versions.txt
 $(CLIENTS): %/installed: pyproject.toml tests/clients/requirements.txt tests/clients/haliax_requirements.txt
 	$$(.ci/python 3.12) -m venv $*
-	$*/bin/python -m pip install --quiet --editable . --requirement tests/clients/$(PINS)
+	$*/bin/python -m pip install --quiet uv
+	$*/bin/uv pip install --quiet --python $*/bin/python --editable . \
+	  --requirement tests/clients/$(PINS)
 	touch $@
