@@ -5,10 +5,14 @@ INSTALLED := .venv/installed
 # Compilers for GPUs and TPUs live apart: beside them JAX looks for devices that are not here.
 COMPILERS := .venv-compile/installed
 
+# Trainers as they are published, which need Python 3.12. Some of what they need names an older
+# Python as its last, which pip minds and uv does not.
+CLIENTS := .venv-clients/installed .venv-haliax/installed
+
 # On a CPU, LAPACK's threads and XLA's wait for each other: small factorisations want one.
 export OPENBLAS_NUM_THREADS ?= 1
 
-.PHONY: train test test-slow test-compiled compiled test-docs docs linkcheck notebooks lint dist repository clean
+.PHONY: train test test-slow test-compiled compiled test-clients test-versions test-docs docs linkcheck notebooks lint dist repository clean
 
 train: $(INSTALLED)
 	$(BIN)/python examples/pretrain.py
@@ -24,6 +28,16 @@ test-compiled: $(COMPILERS)
 
 compiled: $(COMPILERS)
 	.venv-compile/bin/python benchmarks/compiled.py
+
+test-clients: $(CLIENTS)
+	.venv-haliax/bin/python -m pytest -rs -o filterwarnings=default tests/clients/test_haliax.py
+	.venv-clients/bin/python -m pytest -rs -o filterwarnings=default \
+	  --ignore tests/clients/test_haliax.py tests/clients
+	.venv-haliax/bin/python -m pip freeze --exclude-editable --exclude uv > tests/clients/haliax_versions.txt
+	.venv-clients/bin/python -m pip freeze --exclude-editable --exclude uv > tests/clients/versions.txt
+
+test-versions:
+	.ci/test_versions
 
 test-docs: docs
 	$(BIN)/python -m pytest docs
@@ -53,7 +67,7 @@ repository:
 	$(MAKE) notebooks
 
 clean:
-	rm -rf .venv .venv-compile build dist runs docs/_build docs/_generated *.egg-info
+	rm -rf .venv .venv-clients .venv-compile .venv-haliax .venv-newest .venv-oldest build dist runs docs/_build docs/_generated *.egg-info
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
@@ -64,4 +78,13 @@ $(INSTALLED): pyproject.toml
 $(COMPILERS): pyproject.toml
 	$(PYTHON) -m venv .venv-compile
 	.venv-compile/bin/python -m pip install --quiet --editable ".[compile,test]"
+	touch $@
+
+.venv-clients/installed: PINS := versions.txt
+.venv-haliax/installed: PINS := haliax_versions.txt
+$(CLIENTS): %/installed: pyproject.toml tests/clients/requirements.txt tests/clients/haliax_requirements.txt
+	$$(.ci/python 3.12) -m venv $*
+	$*/bin/python -m pip install --quiet uv
+	$*/bin/uv pip install --quiet --python $*/bin/python --editable . \
+	  --requirement tests/clients/$(PINS)
 	touch $@

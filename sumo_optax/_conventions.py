@@ -23,6 +23,7 @@ from sumo_optax._leaf import (
     Axes,
     Seen,
     axis_names,
+    has_heads,
     is_large,
     is_named,
     seen,
@@ -38,6 +39,7 @@ _TABLE_OR_HEAD = re.compile(
 # Heads where they stand outside of any layer; layers have matrices of these names.
 _LAST = re.compile(r"^(output|proj_out)$")
 _LAYER = re.compile(r"\d|layer|block|att|mlp|ffn")
+_BLOCK_DIAGONAL = "o_a_proj"  # of DeepSeek 4, a matrix for each group of heads
 _SHORT_CONV = re.compile(r"conv_?1d|short_?conv|depthwise|dwconv")
 
 _WIDTH_NAME = re.compile(r"^(embed|emb|d_model|model_dim|features)$")
@@ -268,13 +270,16 @@ def _by_name(x: Seen, by_names: dict[Path, Seen]) -> Reading | None:
 
 
 def _einsum(x: Seen, by_names: dict[Path, Seen]) -> Reading | None:
+    """Experts have one more axis in front."""
     inputs, outputs = EINSUMS[x.module]
-    if len(x.shape) != max(inputs + outputs) + 1:
+    experts = len(x.shape) - max(inputs + outputs) - 1
+    if experts not in (0, 1) or (experts == 1 and not _is_expert(x, by_names)):
         return None
     block = x.names[: x.names.index(x.module)]
     down = by_names.get((*block, "linear", "w")) or by_names.get((*block, "linear"))
-    if x.module == "gating_einsum" and down and down.shape[0] == x.shape[1] != x.shape[2]:
+    if x.module == "gating_einsum" and down and down.shape[-2] == x.shape[-2] != x.shape[-1]:
         inputs, outputs = outputs, inputs
+    inputs, outputs = (tuple(a + experts for a in side) for side in (inputs, outputs))
     return _matrix(x, inputs, outputs, f"{x.module}'s equation")
 
 
@@ -300,8 +305,13 @@ def _is_out_of_heads(x: Seen) -> bool:
 
 
 def _is_expert(x: Seen, by_names: dict[Path, Seen]) -> bool:
-    """By its path, or by a router beside it that has as many outputs."""
-    if re.search(r"expert|(^|_| )moe", x.inside):
+    """By its path, or by a router beside it that has as many outputs.
+
+    The attention of a block that is called after its experts is none of them.
+    """
+    if has_heads(x) and "att" in x.inside:
+        return False
+    if x.module == _BLOCK_DIAGONAL or re.search(r"expert|(^|_| )moe", x.inside):
         return True
     if INTO_HEADS.match(x.module) or OUT_OF_HEADS.match(x.module):
         return False

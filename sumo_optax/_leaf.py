@@ -28,6 +28,7 @@ _ROUTER = re.compile(r"router|^gate$")
 # that hold several matrices is of no side.
 EINSUMS = {
     "q_einsum": ((1,), (0, 2)),  # NDH
+    "k_einsum": ((1,), (0, 2)),  # KDH
     "kv_einsum": ((2,), (1, 3)),  # 2KDH
     "qkv_einsum": ((2,), (1, 3)),  # 3NDH
     "attn_vec_einsum": ((0, 1), (2,)),  # NHD

@@ -410,7 +410,11 @@ def layered(shapes, layers):
 def scanned(shapes, layers, axis):
     """Those with a * in their path stacked on an axis, or on the last if they have fewer."""
     insert = lambda s: (*s[: min(axis, len(s))], layers, *s[min(axis, len(s)) :])
-    return {k.replace("/*", ""): insert(v) if "*" in k else v for k, v in shapes.items()}
+    return {without_star(k): insert(v) if "*" in k else v for k, v in shapes.items()}
+
+
+def without_star(path):
+    return path.replace("/*", "").replace("_*", "")
 
 
 GEMMA = {
@@ -420,10 +424,25 @@ GEMMA = {
     "layer_*/attn/kv_einsum/w": (2, 4, 2304, 256),
     "layer_*/attn/attn_vec_einsum/w": (8, 256, 2304),
     "layer_*/attn/_query_norm/scale": (256,),
-    "layer_*/mlp/gating_einsum/w": (2, 9216, 2304),
-    "layer_*/mlp/linear/w": (9216, 2304),
+    "layer_*/mlp/gating_einsum": (2, 2304, 9216),
+    "layer_*/mlp/linear": (9216, 2304),
     "layer_*/pre_attention_norm/scale": (2304,),
+    "layer_*/post_attention_norm/scale": (2304,),
+    "layer_*/pre_ffw_norm/scale": (2304,),
     "layer_*/post_ffw_norm/scale": (2304,),
+}
+TUNIX_GEMMA_4 = {
+    k.replace("layer_*", "layers/*"): v for k, v in GEMMA.items() if "mlp" not in k
+} | {
+    "layers/*/mlp/gate_proj/kernel": (2304, 9216),
+    "layers/*/mlp/down_proj/kernel": (9216, 2304),
+    "layers/*/attn/k_einsum/w": (2, 2304, 512),
+    "layers/*/moe/gating_einsum": (16, 2, 704, 2304),
+    "layers/*/moe/linear": (16, 704, 2304),
+    "layers/*/moe/router_logits": (2304, 16),
+    "layers/*/moe/router_scale": (2304,),
+    "layers/*/moe/per_expert_scale": (16,),
+    "layers/*/skip_scale": (1,),
 }
 TUNIX_QWEN = {
     "embedder/input_embedding": (1000, 64),
@@ -487,22 +506,33 @@ MAXTEXT_DEEPSEEK = MAXTEXT_MIXTRAL | {
     "params/decoder/layers/*/self_attention/wkv_b/kernel": (32, 8, 28),
     "params/decoder/layers/*/self_attention/kv_norm/scale": (32,),
 }
+# Attention that stands in a block named after its experts, and is none of them.
+_among_experts = lambda path: path.replace("r/layers", "r/moe_layers").replace("Moe", "moe/Moe")
+MAXTEXT_DEEPSEEK = {_among_experts(path): shape for path, shape in MAXTEXT_DEEPSEEK.items()} | {
+    "params/decoder/moe_layers/*/moe/shared_experts/wi_0/kernel": (64, 48),
+    "params/decoder/moe_layers/*/self_attention/o_a_proj/kernel": (2, 64, 24),
+    "params/decoder/moe_layers/*/self_attention/csa_compressor/position_bias": (4, 24),
+}
 VIT = {
     "embedding/kernel": (16, 16, 3, 64),
     "embedding/bias": (64,),
     "pos_embedding": (1, 196, 64),
     "cls": (1, 1, 64),
     "MAPHead_0/probe": (1, 1, 64),
+    "MAPHead_0/MultiHeadDotProductAttention_0/query/kernel": (64, 4, 16),
+    "MAPHead_0/MultiHeadDotProductAttention_0/out/kernel": (4, 16, 64),
+    "MAPHead_0/MlpBlock_0/Dense_0/kernel": (64, 256),
+    "MAPHead_0/LayerNorm_0/scale": (64,),
     "Transformer/encoder_norm/scale": (64,),
-    "Transformer/encoderblock/*/LayerNorm_0/scale": (64,),
-    "Transformer/encoderblock/*/MultiHeadDotProductAttention_0/query/kernel": (64, 4, 16),
-    "Transformer/encoderblock/*/MultiHeadDotProductAttention_0/query/bias": (4, 16),
-    "Transformer/encoderblock/*/MultiHeadDotProductAttention_0/out/kernel": (4, 16, 64),
-    "Transformer/encoderblock/*/MultiHeadDotProductAttention_0/out/bias": (64,),
-    "Transformer/encoderblock/*/MlpBlock_0/Dense_0/kernel": (64, 256),
-    "Transformer/encoderblock/*/MlpBlock_0/Dense_0/bias": (256,),
-    "Transformer/encoderblock/*/MlpBlock_0/Dense_1/kernel": (256, 64),
-    "Transformer/encoderblock/*/MlpBlock_0/Dense_1/bias": (64,),
+    "Transformer/encoderblock_*/LayerNorm_0/scale": (64,),
+    "Transformer/encoderblock_*/MultiHeadDotProductAttention_0/query/kernel": (64, 4, 16),
+    "Transformer/encoderblock_*/MultiHeadDotProductAttention_0/query/bias": (4, 16),
+    "Transformer/encoderblock_*/MultiHeadDotProductAttention_0/out/kernel": (4, 16, 64),
+    "Transformer/encoderblock_*/MultiHeadDotProductAttention_0/out/bias": (64,),
+    "Transformer/encoderblock_*/MlpBlock_0/Dense_0/kernel": (64, 256),
+    "Transformer/encoderblock_*/MlpBlock_0/Dense_0/bias": (256,),
+    "Transformer/encoderblock_*/MlpBlock_0/Dense_1/kernel": (256, 64),
+    "Transformer/encoderblock_*/MlpBlock_0/Dense_1/bias": (64,),
     "head/kernel": (64, 1000),
 }
 RESNET = {
@@ -520,10 +550,14 @@ ROLES = {
     "q_einsum/w": ((1,), (0, 2)),
     "kv_einsum/w": ((2,), (1, 3)),
     "attn_vec_einsum/w": ((0, 1), (2,)),
-    "gating_einsum/w": BOI,
+    "k_einsum/w": ((1,), (0, 2)),
+    "mlp/gating_einsum": BIO,
+    "moe/gating_einsum": ((3,), (2,)),
+    "moe/linear": BIO,
     **{name: ((0,), (1, 2)) for name in ("q_proj/w", "k_proj/w", "v_proj/w")},
     **{f"{name}/kernel": ((0,), (1, 2)) for name in ("query", "key", "value", "wq_b", "wkv_b")},
     **{name: ((0, 1), (2,)) for name in ("o_proj/w", "out/kernel")},
+    "o_a_proj/kernel": BIO,
     **{name: BIO for name in ("wi_0", "wi_1", "wo", "gate_proj", "up_proj", "down_proj")},
     **{
         f"{name}/kernel": ((0, 1, 2), (3,))
@@ -538,7 +572,8 @@ NONE = (
     "logits",
     "head/",
     "lm_head",
-    "MAPHead",
+    "probe",
+    "_scale",
     "sinks",
     "cls",
     "bn_",
@@ -558,7 +593,8 @@ def moved(axes, axis, one):
 
 
 MODELS = {
-    "Gemma": (GEMMA, False),
+    "Gemma 2 2B": (GEMMA, False),
+    "Gemma 4, Tunix": (TUNIX_GEMMA_4, False),
     "Qwen 3, Tunix": (TUNIX_QWEN, False),
     "Llama 3, Tunix": (TUNIX_LLAMA, False),
     "Llama, MaxText": (MAXTEXT_LLAMA, True),
@@ -584,7 +620,7 @@ def test_models_scanned(shapes, axis):
     stacked = scanned(shapes, 3, axis)
     one = expected(shapes)
     matrices = {
-        path.replace("/*", ""): moved(axes, axis, shapes[path]) if "*" in path else axes
+        without_star(path): moved(axes, axis, shapes[path]) if "*" in path else axes
         for path, axes in one.items()
     }
     assert found(tree_of(stacked)) == matrices
