@@ -60,8 +60,7 @@ PLANS = {
 def write_generated(app):
     """What pages include: tables of the benchmarks' records and of the planner."""
     folder = DOCS / "_generated"
-    pages = "".join(page.read_text() for page in DOCS.glob("*.md"))
-    benchmark_tables.write(folder, named=pages)
+    benchmark_tables.write(folder)
     for name, (mesh, dtype) in PLANS.items():
         sizes = parse_mesh(mesh) if mesh else {}
         planned = plan("7b", PRESETS["7b"], rank=1024, mesh=sizes, dtype=dtype)
