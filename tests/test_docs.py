@@ -98,14 +98,14 @@ def test_fine_tuning_is_told_as_recorded():
     others = ("optax galore, rank {}", "lora, rank {}", "mofasgd, rank {}")
     pairs = [loss[name.format(rank)] for name in others for rank in (8, 4)]
     assert told(
-        "losses are {:.3f} at rank 8 and {:.3f} at rank 4, of LoRA, {:.3f} and {:.3f}, and of"
-        " MoFaSGD, {:.3f} and {:.3f}",
+        "losses at ranks 8 and 4 are {:.3f} and {:.3f} for GaLore, {:.3f} and {:.3f} for LoRA, and"
+        " {:.3f} and {:.3f} for MoFaSGD",
         *pairs,
     )
     for rank in (8, 4):
         ours = [loss[name.format(rank)] for name in (exact, approximate)]
         assert max(ours) < min(loss[name.format(rank)] for name in others)
-        assert told(f"{{:.3f}} and {{:.3f}}{' at rank 8' if rank == 8 else ', by one seed'}", *ours)
+        assert told(f"{{:.3f}} and {{:.3f}}{' at rank 8' if rank == 8 else '. One seed'}", *ours)
 
     runs = {
         key[1:]: row["validation_loss"]
