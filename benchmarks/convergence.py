@@ -255,8 +255,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         "learning rate": "{learning_rate:g}",
         "validation loss": "{mean_loss:.4f}",
         "spread": "{spread:.4f}",
-        "steps to AdamW's": "{steps_to_adamw}",
-        "time to it": "{time_to_adamw}",
+        "steps to AdamW's loss": "{steps_to_adamw}",
+        "time to AdamW's loss": "{time_to_adamw}",
         "state, MiB": "{state_mib:.1f}",
     }
     return record.table(sorted(rows, key=lambda row: row["mean_loss"]), columns)

@@ -37,6 +37,11 @@ COLUMNS = {
     "error_at_1e+01": ("error at 10", "{:.1e}"),
     "error_at_1e+03": ("at 1e3", "{:.1e}"),
     "error_at_1e+05": ("at 1e5", "{:.1e}"),
+    "ordinary_ms": ("ordinary step, ms", "{:.0f}"),
+    "fused_ms": ("value_and_update, ms", "{:.0f}"),
+    "over_ordinary": ("over the ordinary step", "{:.2f}"),
+    "ordinary_temporary_bytes": ("temporaries, MiB", "{:.0f}"),
+    "fused_temporary_bytes": ("with value_and_update, MiB", "{:.0f}"),
     "train_step_ms": ("training step, ms", "{:.0f}"),
     "peak_bytes": ("peak memory, MiB", "{:,.0f}"),
     "from": ("from step", "{}"),
@@ -69,21 +74,16 @@ STUDIES = {
 }
 
 
-def write(folder: Path, named: str) -> None:
-    """One file for each of the results; those that `named` does not name also in others.md."""
+def write(folder: Path) -> None:
+    """One file for each of the results, and their pictures."""
     folder.mkdir(exist_ok=True)
-    others = []
     for path in sorted(record.RESULTS.glob("*.json")):
         results = json.loads(path.read_text())
         study = STUDIES.get(path.stem)
         rows = study.table(study.summarize()) if study else table(results["rows"])
-        text = page(rows, results)
-        (folder / f"{path.stem}.md").write_text(text)
-        if f"{path.stem}.md" not in named:
-            others.append(f"## {path.stem.replace('_', ' ')}\n\n{text}")
+        (folder / f"{path.stem}.md").write_text(page(rows, results))
     for path in record.RESULTS.glob("*.svg"):
         shutil.copy(path, folder)
-    (folder / "others.md").write_text("\n".join(others))
 
 
 def page(rows: str, results: dict[str, Any]) -> str:

@@ -31,7 +31,9 @@ myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 3
 
 autodoc_member_order = "bysource"
-autodoc_typehints = "none"  # types stand in the signature
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+python_maximum_signature_line_length = 88  # longer ones have a line for each argument
 autodoc_default_options = {"exclude-members": "__new__, __init__"}
 # Names of types that have no page here.
 nitpick_ignore_regex = [("py:.*", r"(?!sumo_optax\.).*")]
@@ -60,8 +62,7 @@ PLANS = {
 def write_generated(app):
     """What pages include: tables of the benchmarks' records and of the planner."""
     folder = DOCS / "_generated"
-    pages = "".join(page.read_text() for page in DOCS.glob("*.md"))
-    benchmark_tables.write(folder, named=pages)
+    benchmark_tables.write(folder)
     for name, (mesh, dtype) in PLANS.items():
         sizes = parse_mesh(mesh) if mesh else {}
         planned = plan("7b", PRESETS["7b"], rank=1024, mesh=sizes, dtype=dtype)
