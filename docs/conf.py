@@ -35,8 +35,8 @@ autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 python_maximum_signature_line_length = 88  # longer ones have a line for each argument
 autodoc_default_options = {"exclude-members": "__new__, __init__"}
-# Names of types that have no page here.
-nitpick_ignore_regex = [("py:.*", r"(?!sumo_optax\.).*")]
+# Names of types that have no page here, and private ones.
+nitpick_ignore_regex = [("py:.*", r"(?!sumo_optax\.(?!_)).*")]
 
 html_theme = "furo"
 project_file = tomllib.loads((DOCS.parent / "pyproject.toml").read_text())
