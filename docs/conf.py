@@ -8,6 +8,9 @@ DOCS = Path(__file__).parent
 sys.path[:0] = [str(DOCS), str(DOCS.parent / "benchmarks")]
 
 import benchmark_tables
+import jax
+import optax
+from sphinx.util.typing import stringify_annotation
 
 import sumo_optax
 from sumo_optax._plan import PRESETS, parse_mesh, plan
@@ -35,8 +38,8 @@ autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 python_maximum_signature_line_length = 88  # longer ones have a line for each argument
 autodoc_default_options = {"exclude-members": "__new__, __init__"}
-# Names of types that have no page here.
-nitpick_ignore_regex = [("py:.*", r"(?!sumo_optax\.).*")]
+# Names of types that have no page here, and private ones.
+nitpick_ignore_regex = [("py:.*", r"(?!sumo_optax\.(?!_)).*")]
 
 html_theme = "furo"
 project_file = tomllib.loads((DOCS.parent / "pyproject.toml").read_text())
@@ -69,5 +72,24 @@ def write_generated(app):
         (folder / f"{name}.txt").write_text(f"{planned}\n")
 
 
+# Types that Sphinx writes out in full, under the names that the code has for them.
+NAMES_OF_TYPES = {
+    str(stringify_annotation(kind, "smart")): f"~{name}"
+    for kind, name in (
+        (optax.ScalarOrSchedule, "optax.ScalarOrSchedule"),
+        (jax.typing.ArrayLike, "jax.typing.ArrayLike"),
+        (jax.typing.DTypeLike, "jax.typing.DTypeLike"),
+    )
+}
+
+
+def name_types(app, what, name, obj, options, signature, returns):
+    for written_out, short in NAMES_OF_TYPES.items():
+        signature = signature and signature.replace(written_out, short)
+        returns = returns and returns.replace(written_out, short)
+    return signature, returns
+
+
 def setup(app):
     app.connect("builder-inited", write_generated)
+    app.connect("autodoc-process-signature", name_types)
