@@ -247,12 +247,11 @@ def mofasgd(
     Here D comes from :func:`scale_by_mofasgd`, :math:`\eta` is the learning rate and
     :math:`\lambda` the weight decay.
 
+    The arguments that are not listed here are those of :func:`scale_by_mofasgd`, and for weight
+    decay and Adam those of :func:`sumo`.
+
     Args:
       learning_rate: a number or an optax schedule.
-      rank, momentum, inverse_limit, complement, consistent_rms: see :func:`scale_by_mofasgd`.
-      weight_dimension_numbers, skip_nonfinite, state_dtype, seed: see :func:`scale_by_mofasgd`.
-      weight_decay, weight_decay_mask: see :func:`sumo`.
-      adam_b1, adam_b2, adam_eps, adam_weight_decay, adam_learning_rate: see :func:`sumo`.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``. Its ``update`` needs the parameters.

@@ -141,16 +141,14 @@ def online_subspace_descent(
     Here D comes from :func:`scale_by_online_subspace_descent`, :math:`\eta` is the learning rate
     and :math:`\lambda` the weight decay.
 
+    The arguments that are not listed here are those of :func:`scale_by_online_subspace_descent`,
+    and for weight decay and Adam those of :func:`sumo`.
+
     Args:
       learning_rate: a number or an optax schedule.
-      rank, inner, projector, orthogonality: see :func:`scale_by_online_subspace_descent`.
-      side, scale: see :func:`scale_by_online_subspace_descent`.
-      weight_dimension_numbers, skip_nonfinite, state_dtype, seed: see :func:`scale_by_sumo`.
       projector_learning_rate: a schedule, or a number >= 0. If `learning_rate` is a schedule, the
         number is the rate at the peak of this schedule and follows its shape; the peak must come
         before step 10 million. None means five times `learning_rate`.
-      weight_decay, weight_decay_mask: see :func:`sumo`.
-      adam_b1, adam_b2, adam_eps, adam_weight_decay, adam_learning_rate: see :func:`sumo`.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``. Its ``update`` needs the parameters.

@@ -302,11 +302,10 @@ def sumo(
     five times AdamW's best; `adam_learning_rate` 5e-3; warm-up and cosine decay; clipping by the
     global norm before the optimizer.
 
+    The arguments that are not listed here are those of :func:`scale_by_sumo`.
+
     Args:
       learning_rate: a number or an optax schedule.
-      rank, refresh_every, stagger, refresh_below, momentum, nesterov: see :func:`scale_by_sumo`.
-      residual, norm_growth_limit, consistent_rms, polar, basis, side: see :func:`scale_by_sumo`.
-      weight_dimension_numbers, skip_nonfinite, state_dtype, seed: see :func:`scale_by_sumo`.
       weight_decay: decoupled decay of the matrices; the learning rate multiplies it.
       weight_decay_mask: the leaves that decay: a tree of booleans like the parameters, a prefix of
         such a tree, or a function from parameters to one.
