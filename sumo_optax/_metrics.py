@@ -202,7 +202,7 @@ def with_subspace_metrics(
 
 def _found(ours: list[Any]) -> list[Any]:
     if not ours:
-        raise ValueError("there is no optimizer of sumo_optax in this state, so no subspace")
+        raise ValueError("this state contains no optimizer of sumo_optax, so it has no subspace")
     return ours
 
 

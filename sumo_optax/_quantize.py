@@ -268,6 +268,6 @@ def _refuse_others(state: PyTree) -> None:
     is_other = lambda x: isinstance(x, _OTHERS)
     for x in filter(is_other, jax.tree.leaves(state, is_leaf=is_other)):
         raise ValueError(
-            f"quantize_state goes by optax's names for means and squares, got {type(x).__name__},"
+            f"quantize_state needs optax's names for means and squares, got {type(x).__name__},"
             " which has others"
         )

@@ -129,7 +129,7 @@ def describe(tx_or_rank: optax.GradientTransformation | Rank, params: PyTree) ->
     if bases is not None and leaves and not bases:
         seen = ", ".join(f"{path_string(p)} {jnp.shape(x)}" for p, x in leaves.items())
         raise ValueError(
-            f"no parameter is a matrix, so there is nothing to hold at low rank; the parameters are"
+            f"no parameter is a matrix, so no state can have a low rank; the parameters are"
             f" {seen}. Say which axes make a matrix with weight_dimension_numbers"
         )
     rows = [_leaf_report(path, x, bases, held[path], found[path]) for path, x in leaves.items()]

@@ -125,7 +125,9 @@ def _bases(params: PyTree, state: PyTree, views: list[View | None]):
         left |= named_leaves(ours.basis)
         right |= named_leaves(getattr(ours, "row_basis", ()))
     if not left:
-        raise ValueError("the optimizer's state has no basis: it is none of a low-rank optimizer")
+        raise ValueError(
+            "the optimizer's state has no basis: it is not that of a low-rank optimizer"
+        )
     bases = []
     for path, view in zip(named_leaves(params), views, strict=True):
         P, V = left.get(path), right.get(path)

@@ -145,8 +145,8 @@ def _check_loops(paths: list[Path], missed: set[int]) -> None:
     if missed:
         names = ", ".join(path_string(paths[i]) for i in sorted(missed))
         raise ValueError(
-            f"strict: a scan takes apart {names}, but cannot update what is used elsewhere too, or"
-            " is sliced or transposed before"
+            f"strict: a scan takes {names} apart, but cannot update a leaf that the loss also uses"
+            " elsewhere, or that it slices or transposes before"
         )
 
 
