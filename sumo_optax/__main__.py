@@ -11,7 +11,7 @@ from sumo_optax._decoder import read_config
 from sumo_optax._plan import PRESETS, parse_mesh, plan
 from sumo_optax._version import __version__
 
-PLAN = "Say what each device will hold when a decoder is trained, optimizer by optimizer."
+PLAN = "Print the memory that each device needs to train a decoder, for each optimizer."
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -53,32 +53,36 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
         "--rank",
         type=_rank,
         default=0.25,
-        help="of low-rank states: an integer, or a fraction of each matrix's short side"
+        help="rank of low-rank states: an integer, or a fraction of each matrix's short side"
         " (default: %(default)s)",
     )
     training.add_argument(
-        "--mesh", metavar="data=N,fsdp=N,tensor=N", help="any of them (default: one device)"
+        "--mesh",
+        metavar="data=N,fsdp=N,tensor=N",
+        help="mesh axes and their sizes; any of them (default: one device)",
     )
     training.add_argument(
         "--dtype",
         choices=DTYPES,
         default="bfloat16",
-        help="of parameters and gradients, and of the states of AdamW and Muon"
+        help="dtype of parameters and gradients, and of the states of AdamW and Muon"
         " (default: %(default)s)",
     )
     training.add_argument(
         "--state-dtype",
         choices=(*DTYPES, "int8", "int4"),
-        help="of low-rank states (default: float32)",
+        help="dtype of low-rank states (default: float32)",
     )
     training.add_argument(
         "--tokens",
         type=int,
         default=2048,
-        help="of the one sequence that the column 'fused' is for (default: %(default)s)",
+        help="length of the sequence for the column 'fused' (default: %(default)s)",
     )
     output = command.add_argument_group("output")
-    output.add_argument("--json", action="store_true", help="bytes as JSON instead of a table")
+    output.add_argument(
+        "--json", action="store_true", help="print bytes as JSON instead of a table"
+    )
     return parser, command
 
 

@@ -46,7 +46,7 @@ def advise(weight_dimension_numbers: WeightDimensionNumbers | None, params: PyTr
         short = []
     if doubts and not any(resolve(weight_dimension_numbers, params)):
         raise ValueError(
-            f"no leaf is a matrix: {what} of {named(doubts)}. Say it with weight_dimension_numbers,"
+            f"no leaf is a matrix: {what} of {named(doubts)}. Pass weight_dimension_numbers with"
             " optax.contrib.MuonDimensionNumbers or None for each leaf"
         )
     warning = []
@@ -57,7 +57,10 @@ def advise(weight_dimension_numbers: WeightDimensionNumbers | None, params: PyTr
             f"The matrices of {named(short)} have a side as short as a stack of layers may be."
         )
     if warning:
-        message = [*warning, "weight_dimension_numbers tells, None for the fallback."]
+        message = [
+            *warning,
+            "Name their axes in weight_dimension_numbers, or None for the fallback.",
+        ]
         warnings.warn(" ".join(message), UserWarning, stacklevel=3)
 
 

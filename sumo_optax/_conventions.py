@@ -56,33 +56,33 @@ class Reading(NamedTuple):
 
 
 def flax_dimension_numbers(params: PyTree) -> PyTree:
-    """Tells matrices from other leaves by what the tree shows: metadata, shapes and paths.
+    """Finds the matrices of a tree from metadata, shapes and paths.
 
-    Embeddings, output heads, norms, biases and other vectors are no matrices. Of the other leaves
-    the axes are read off, in this order of trust:
+    Embeddings, output heads, norms, biases and other vectors are not matrices. For the other leaves
+    these sources tell the axes, in this order:
 
     1. the names that variables give their axes: NNX's ``out_sharding`` and ``sharding_names``,
-       Linen's ``Partitioned``, Haliax's axes. A layer's or expert's axis is a batch axis;
+       Linen's ``Partitioned``, Haliax's axes. An axis of layers or experts is a batch axis;
     2. the types of Equinox's and Haliax's layers;
-    3. the shapes of the whole tree: a size that all leaves of a block share is a stack of layers,
-       whichever axis it is, as in scanned models whose norms are (width, layers);
-    4. the bias beside a kernel, which has the kernel's batch axes and its outputs;
+    3. the shapes of the whole tree: an axis of one size in all leaves of a block is a stack of
+       layers, wherever it stands, as in scanned models whose norms are (width, layers);
+    4. the bias beside a kernel, which has the kernel's batch axes and outputs;
     5. names: ``kernel`` and ``w`` are (..., in, out), ``weight`` is (out, in, ...);
        ``query|key|value`` are (d, heads, head_dim) and ``out`` is (heads, head_dim, d); Gemma's
-       einsum layers are as their equations say; experts have one more batch axis.
+       einsum layers follow their equations; experts have one more batch axis.
 
-    What all this leaves open is no matrix: the fallback is the safe choice. ``init`` warns of it,
-    and ``describe`` says why each leaf is what it is.
+    A leaf that these sources leave open is not a matrix, and the fallback trains it. ``init`` warns
+    about such leaves, and ``describe`` gives the reason for each leaf.
 
-    This is the default of every ``weight_dimension_numbers``; wrap it to overrule it for some
-    leaves, or replace it.
+    This function is the default of every ``weight_dimension_numbers``. Wrap it to overrule it for
+    some leaves, or replace it.
 
     Args:
       params: tree of arrays or ``jax.ShapeDtypeStruct``.
 
     Returns:
-      Tree of the same structure with ``optax.contrib.MuonDimensionNumbers`` for a matrix, None for
-      any other leaf.
+      Tree of the same structure, with ``optax.contrib.MuonDimensionNumbers`` for a matrix and None
+      for any other leaf.
 
     Examples:
       >>> import jax.numpy as jnp, sumo_optax

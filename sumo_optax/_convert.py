@@ -27,27 +27,28 @@ _DIFFERENCES_SHOWN = 5
 
 
 def check_state(state: PyTree, expected: PyTree) -> None:
-    """Refuses a state of another rank, optimizer or layout, naming what differs.
+    """Raises an error if a state belongs to another rank, optimizer or layout.
 
     Args:
-      state: tree of anything with ``shape`` and ``dtype``: arrays, ``jax.ShapeDtypeStruct``, or
-        what Orbax says of a checkpoint before it is restored (``item_metadata(step)``).
-      expected: the same for what is wanted, such as ``jax.eval_shape(tx.init, params)``.
+      state: tree of arrays, of ``jax.ShapeDtypeStruct``, or of anything else with ``shape`` and
+        ``dtype``, such as the metadata that Orbax returns before it restores a checkpoint
+        (``item_metadata(step)``).
+      expected: such a tree for the optimizer, for instance ``jax.eval_shape(tx.init, params)``.
 
     Raises:
-      ValueError: a path, shape or dtype is not the same; with the first of them.
+      ValueError: a path, shape or dtype differs. The message names the first differences.
 
     Examples:
       >>> import jax, jax.numpy as jnp, sumo_optax
       >>> params = {"dense": {"kernel": jnp.ones((16, 8))}}
       >>> state = sumo_optax.scale_by_mofasgd(2).init(params)
       >>> tx = sumo_optax.scale_by_mofasgd(4)
-      >>> sumo_optax.check_state(state, jax.eval_shape(tx.init, params))
+      >>> sumo_optax.check_state(
+      ...     state, jax.eval_shape(tx.init, params)
+      ... )  # doctest: +ELLIPSIS
       Traceback (most recent call last):
       ...
-      ValueError: basis/dense/kernel was float32[16, 2], now float32[16, 4]; \
-row_basis/dense/kernel was float32[8, 2], now float32[8, 4]; \
-singular_values/dense/kernel was float32[2], now float32[4]
+      ValueError: basis/dense/kernel was float32[16, 2], now float32[16, 4]; row_basis/...
     """
     kind = lambda x: f"{np.dtype(x.dtype)}{list(x.shape)}"
     then = {path: kind(x) for path, x in named_leaves(state).items()}
@@ -71,41 +72,41 @@ def convert_state(
     weight_dimension_numbers: WeightDimensionNumbers | None = None,
     adam_b1: jax.typing.ArrayLike = 0.9,
 ) -> PyTree:
-    r"""The state of another rank or optimizer as a state of `tx`, to go on with.
+    r"""Converts the state of another rank or optimizer to a state of `tx`.
 
-    Every matrix's first moment is factorised, :math:`U \,\mathrm{diag}(s)\, V^\top`, and its r
-    largest singular values are kept, the best approximation of rank r:
+    The first moment of each matrix is factorised, :math:`U \,\mathrm{diag}(s)\, V^\top`. The r
+    largest singular values give its best approximation of rank r. For SUMO this makes
 
     .. math:: Q = U_r, \qquad M = \mathrm{diag}(s_r)\, V_r^\top
 
-    for SUMO, and :math:`U_r, s_r, V_r` for MoFaSGD. Where r is larger than before, random
-    orthonormal columns complete the bases, with zeros for moment and singular values: the first
-    moment stays what it was. From SUMO and MoFaSGD it is :math:`Q M` and
-    :math:`U \,\mathrm{diag}(s)\, V^\top`; from AdamW ``mu``, from ``optax.contrib.galore``
-    :math:`P` ``mu``, both over :math:`1 - b_1`, since Adam holds a mean where SUMO and MoFaSGD
-    hold a sum.
+    and for MoFaSGD :math:`U_r, s_r, V_r`. If r is larger than before, random orthonormal columns
+    complete the bases, with zeros for moment and singular values, so the first moment does not
+    change. The first moment of SUMO is :math:`Q M`, and that of MoFaSGD is :math:`U
+    \,\mathrm{diag}(s)\, V^\top`. That of AdamW is ``mu`` and that of ``optax.contrib.galore`` is
+    :math:`P` ``mu``, both divided by :math:`1 - b_1`, because Adam holds a mean where SUMO and
+    MoFaSGD hold a sum.
 
-    Counters stand where they stood, so that schedules go on. SUMO's limit on the growth of the
-    norm starts afresh where the moment is another, having nothing to compare with, and so does a
-    matrix without any moment yet. If both states are alike in all else, all else is kept;
-    otherwise the leaves that are no matrices keep their Adam's moments, and the rest is new.
+    Counters keep their values, so schedules continue. SUMO's limit on the growth of the norm starts
+    anew for a matrix whose moment changed or that has no moment yet. If the states agree in all
+    else, all else is kept. Otherwise the other leaves keep their Adam's moments, and the rest is
+    new.
 
     Args:
-      state: what ``tx.init`` or ``tx.update`` of SUMO, MoFaSGD, ``optax.contrib.galore`` with
-        Adam, or any optimizer made of ``optax.scale_by_adam`` gave, alone or inside ``chain``,
-        ``partition`` and other wrappers.
-      tx: an optimizer with :func:`scale_by_sumo` or :func:`scale_by_mofasgd` in it.
+      state: a state that ``tx.init`` or ``tx.update`` returned, of SUMO, MoFaSGD,
+        ``optax.contrib.galore`` with Adam, or any optimizer that contains
+        ``optax.scale_by_adam``, alone or inside ``chain``, ``partition`` and other wrappers.
+      tx: an optimizer that contains :func:`scale_by_sumo` or :func:`scale_by_mofasgd`.
       params: the parameters, or arrays like them.
-      weight_dimension_numbers: that of `tx`, which the states of AdamW and GaLore need.
-      adam_b1: :math:`b_1` in [0, 1) of the Adam that `state` is of.
+      weight_dimension_numbers: that of `tx`. The states of AdamW and GaLore need it.
+      adam_b1: :math:`b_1` in [0, 1) of the Adam that made `state`.
 
     Returns:
-      A state like ``tx.init(params)``. Whole matrices are factorised: on a mesh, put it where
-      :func:`state_shardings` says.
+      A state like ``tx.init(params)``. The conversion factorises whole matrices, so on a mesh, move
+      the result to the shardings of :func:`state_shardings`.
 
     Raises:
-      ValueError: `tx` or `state` is none of the above; a matrix of `tx` has no first moment in
-        `state`, or one of another shape.
+      ValueError: `tx` or `state` is none of the above, or a matrix of `tx` has no first moment in
+        `state` or one of another shape.
 
     Examples:
       >>> import jax.numpy as jnp, optax, sumo_optax

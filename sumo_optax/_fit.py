@@ -18,7 +18,7 @@ def check_state_type(state: Any, state_type: Any) -> None:
     if not isinstance(state, state_type):
         raise TypeError(
             f"the state must be the {state_type.__name__} that this optimizer's init makes, got"
-            f" {type(state).__name__}; sumo_optax.convert_state makes a start of another's"
+            f" {type(state).__name__}; sumo_optax.convert_state converts other states"
         )
 
 
@@ -51,7 +51,7 @@ def trees_of(rule: Rule, state: Any) -> list[PyTree]:
     try:
         return rule.structure().flatten_up_to(tuple(state[1:-2]))
     except ValueError as error:
-        raise ValueError(f"the state is of another inner optimizer{_CHECK}") from error
+        raise ValueError(f"the state is that of another inner optimizer{_CHECK}") from error
 
 
 def check_matrices(
@@ -69,14 +69,13 @@ def check_matrices(
                 continue
             raise ValueError(
                 f"the state of {path_string(path)} has arrays of shapes {held}, its gradient of"
-                f" shape {view and view.leaf_shape} wants {expected}: it was made for another"
+                f" shape {view and view.leaf_shape} needs {expected}: it was made for another"
                 f" shape, rank or optimizer{_CHECK}"
             )
         raise ValueError(
-            f"{path_string(path)} {'is no' if view is None else 'is a'} matrix here, but"
-            f" {'was one' if view is None else 'was none'} for the init that made the state: say"
-            " which it is with weight_dimension_numbers, for instance"
-            " sumo_optax.flax_dimension_numbers(params)"
+            f"{path_string(path)} {'is not' if view is None else 'is'} a matrix here, but the"
+            f" init that made the state read it as {'a' if view is None else 'no'} matrix: pass"
+            " weight_dimension_numbers, for instance sumo_optax.flax_dimension_numbers(params)"
         )
 
 

@@ -33,8 +33,8 @@ _SECOND_MOMENTS = {"nu", "v"}
 class SubspaceState(NamedTuple):
     """State of `scale_in_subspace` and `scale_by_online_subspace_descent`.
 
-    Basis and states are trees like the parameters, with a `MaskedNode` for every leaf that is no
-    matrix. They are float32 (float64 for float64 parameters) unless `state_dtype` is given.
+    Basis and states are trees like the parameters, with a `MaskedNode` for every leaf that is not
+    a matrix. They are float32 (float64 for float64 parameters) unless `state_dtype` is given.
     """
 
     count: jax.Array  # shape (), int32
@@ -69,40 +69,44 @@ def scale_in_subspace(
     state_dtype: jax.typing.DTypeLike | None = None,
     seed: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Any optax transformation, run on gradients projected on a subspace.
+    r"""Runs any optax transformation on gradients that are projected onto a subspace.
 
-    For one matrix with gradient :math:`G` and basis :math:`P` (orthonormal columns):
+    For one matrix with gradient :math:`G` (m x n, where m is the projected side) and basis
+    :math:`P` (m x r, orthonormal):
 
     .. math:: \hat G = P^\top G, \qquad \Delta = \mathrm{inner}(\hat G), \qquad D = a P \Delta
 
-    With Adam and the basis ``"svd"`` this is GaLore, and agrees with ``optax.contrib.galore``.
+    With Adam and the basis ``"svd"`` this is GaLore, and it agrees with ``optax.contrib.galore``.
 
     Args:
-      inner: the transformation. Each matrix has its own state of it. It must not read parameters:
-        it is given zeros of the shape of :math:`\hat G` for them.
-      rank: r, a number, a fraction of the short side or a function; see :func:`scale_by_sumo`.
-      basis: ``"randomized_svd"`` and ``"svd"``: the dominant subspace of the gradient, every
-        `refresh_every` steps. ``"random"``: a random one. ``"online_pca"``: that of
-        :func:`scale_by_online_subspace_descent`, which moves at every step.
-      refresh_every: steps between two moves of the basis, at least 1; by default 200.
-      stagger: whether each leaf moves its basis at a step of its own, as in :func:`scale_by_sumo`.
-      side: which side of the matrix is projected, its rows where both are as long. ``"long"``
-        holds least; GaLore's paper and Online Subspace Descent project the ``"short"`` one.
-      transport: whether arrays of the inner state that are means of gradients (optax names them
-        ``mu`` and ``trace``) are carried into a new basis, :math:`T = P_{new}^\top P_{old}`, as
-        :math:`T \mu`. Means of squares (``nu``, ``v``), such as Adam's second moment, cannot be
-        carried exactly: they become :math:`(T \circ T) \nu`, which is right if the coordinates
-        were uncorrelated, and never negative. Without transport both stay as they are, as in
-        GaLore. Neither this nor the two above with ``"online_pca"``.
+      inner: the transformation. Each matrix has its own inner state. `inner` must not read
+        parameters: it receives zeros of the shape of :math:`\hat G` in their place.
+      rank: r, an integer, a fraction of the short side or a function; see :func:`scale_by_sumo`.
+      basis: where the basis moves. ``"randomized_svd"`` and ``"svd"`` move it to the dominant
+        subspace of the gradient every `refresh_every` steps. ``"random"`` moves it to a random
+        subspace. ``"online_pca"`` moves it at every step, as in
+        :func:`scale_by_online_subspace_descent`.
+      refresh_every: number of steps between two moves of the basis, at least 1; by default 200.
+      stagger: whether each leaf moves its basis at its own step, as in :func:`scale_by_sumo`.
+      side: the projected side of the matrix; the rows if both sides are equally long. The
+        ``"long"`` side has the smallest state. The papers of GaLore and Online Subspace Descent
+        project the ``"short"`` side.
+      transport: whether the inner state moves into the new basis, with
+        :math:`T = P_{new}^\top P_{old}`. Means of gradients (``mu`` and ``trace`` in optax) become
+        :math:`T \mu`. Means of squares (``nu``, ``v``) become :math:`(T \circ T) \nu`, which is
+        exact for uncorrelated coordinates and never negative. Without transport both stay
+        unchanged, as in GaLore. ``basis="online_pca"`` excludes `transport`, `stagger` and
+        `refresh_every`.
       scale: a > 0, GaLore's scale factor.
-      weight_dimension_numbers, fallback, skip_nonfinite, state_dtype, seed: those of
-        :func:`scale_by_sumo`.
+      weight_dimension_numbers, fallback, skip_nonfinite: see :func:`scale_by_sumo`.
+      state_dtype, seed: see :func:`scale_by_sumo`.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with state :class:`SubspaceState`.
 
     Raises:
-      ValueError, TypeError: an argument is not as above; at init, a spec does not fit its leaf.
+      ValueError, TypeError: an argument is outside the ranges above, or, at init, a spec does not
+        fit its leaf.
 
     Examples:
       >>> import jax.numpy as jnp, optax, sumo_optax

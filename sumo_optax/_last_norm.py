@@ -14,12 +14,12 @@ class LastNormState(NamedTuple):
 
 
 def clip_by_last_norm(max_norm: float) -> optax.GradientTransformation:
-    """Clips gradients by their global norm of the step before.
+    """Clips gradients by their global norm at the previous step.
 
     .. math:: g_t \\leftarrow g_t \\min(1, c / ||g_{t-1}||)
 
-    The norm of all gradients is known only when all are there, and with :func:`value_and_update`
-    they never are. The first step is not clipped.
+    The global norm is known only when all gradients exist, and with :func:`value_and_update` they
+    never exist at once. The first step is not clipped.
 
     Args:
       max_norm: c, above 0.
@@ -28,7 +28,7 @@ def clip_by_last_norm(max_norm: float) -> optax.GradientTransformation:
       An ``optax.GradientTransformation`` with state :class:`LastNormState`.
 
     Raises:
-      ValueError, TypeError: `max_norm` is no positive number.
+      ValueError, TypeError: `max_norm` is not a positive number.
 
     Examples:
       >>> import optax, sumo_optax

@@ -109,17 +109,17 @@ def polar_factor(x: jax.Array, *, method: PolarMethod = "auto") -> jax.Array:
 
     .. math:: \mathrm{polar}(X) = \sum_{\sigma_i > 4 \epsilon \sigma_1} u_i v_i^\top
 
-    which is :math:`U V^\top` where X has full rank. Directions whose singular value is lost in
-    rounding (:math:`\epsilon` is the machine's) give 0, not noise, and so polar(0) = 0.
+    which is :math:`U V^\top` if X has full rank. A direction whose singular value is lost in
+    rounding gives 0 instead of noise, so polar(0) = 0. :math:`\epsilon` is the machine epsilon.
 
     Args:
-      x: array of shape (..., m, n), real floating point. Anything below float32 is computed in
-        float32; the scale of x does not matter.
-      method: ``"svd"`` is the definition above, and the oracle of the others. ``"auto"`` is as
-        exact by products alone, but for square and rank-deficient matrices, where it loses up to
-        200 roundings: at most 21 odd polynomials of degree five (float32) bring singular values
-        to 1, and to 0 what is lost in rounding. ``"newton_schulz"`` is five steps of Muon's
-        iteration, for comparison only: far from exact where x is ill conditioned.
+      x: array of shape (..., m, n), real floating point. Types below float32 are computed in
+        float32. The scale of x does not matter.
+      method: ``"svd"`` uses the definition above. ``"auto"`` uses products only: at most 21 odd
+        polynomials of degree five (float32) take the singular values to 1, and those lost in
+        rounding to 0. It is as exact as ``"svd"``, except for square and rank-deficient matrices,
+        where it loses up to 200 roundings. ``"newton_schulz"`` uses five steps of Muon's iteration,
+        for comparison; it is far from exact if x is ill-conditioned.
 
     Returns:
       Array of the shape and dtype of x.

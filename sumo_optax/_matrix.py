@@ -176,9 +176,9 @@ def _check_projected(path: Path, G: Any, view: View | None, params: PyTree) -> N
         return
     where = f"the gradient of {path_string(path)} is projected,"
     if view is None:
-        raise ValueError(f"{where} but by weight_dimension_numbers that is no matrix")
+        raise ValueError(f"{where} but weight_dimension_numbers has no matrix there")
     if params is None:
-        raise ValueError(f"{where} and so `update` needs the parameters")
+        raise ValueError(f"{where} so `update` needs the parameters")
 
 
 def _check_real(path: Path, leaf: Any) -> None:

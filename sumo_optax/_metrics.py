@@ -54,43 +54,43 @@ class SubspaceMetrics(NamedTuple):
 
 
 def subspace_metrics(state: PyTree) -> SubspaceMetrics:
-    r"""How an optimizer's subspaces are doing, per leaf and summarised.
+    r"""Computes how well an optimizer's subspaces follow the gradients.
 
-    A pure function of the state, for use inside ``jit`` at any step. With :math:`\sigma` the
-    singular values of the moment M, the largest first:
+    It is a pure function of the state, for use inside ``jit`` at any step. Let :math:`\sigma` be
+    the singular values of the moment M in descending order. Then it returns
 
-    - ``condition_number``: :math:`\sigma_1 / \max(\sigma_r, \epsilon \sigma_1)`, at most
-      :math:`1 / \epsilon = 8.4 \cdot 10^6`, since float32 tells no more. 1 for a moment of 0.
+    - ``condition_number``: :math:`\sigma_1 / \max(\sigma_r, \epsilon \sigma_1)`, which is at most
+      :math:`1 / \epsilon = 8.4 \cdot 10^6`, the limit of float32. It is 1 for a moment of 0.
     - ``effective_rank``: :math:`\exp(-\sum_i p_i \ln p_i)` with :math:`p_i = \sigma_i / \sum_j
-      \sigma_j`, from 1 to r. 0 for a moment of 0.
-    - ``skipped``: updates skipped so far since they were not finite, in the summary alone.
+      \sigma_j`, from 1 to r. It is 0 for a moment of 0.
+    - ``skipped``: the number of updates skipped so far because they were not finite. Only the
+      summary has it.
 
-    and, where the optimizer is wrapped in :func:`with_subspace_metrics`, with G the last gradient,
-    Q the basis before it and Q' the one after (made orthonormal where they are not):
+    Inside :func:`with_subspace_metrics` it also returns these, with the last gradient G, the basis
+    Q before it and the basis Q' after it (orthonormalised if needed):
 
-    - ``captured``: :math:`\|Q^\top G\|^2 / \|G\|^2`, from 0 to 1: how much of the gradient the
-      subspace had foreseen. 0 before there is a basis, 1 for a gradient of 0; one that is not
-      finite leaves it as it was.
-    - ``rotation``: :math:`\|(I - Q Q^\top) Q'\|_F / \sqrt r`, when the basis last moved: the root
-      mean square sine of the r principal angles between the two, 0 for the same subspace and 1 for
-      an orthogonal one.
-    - ``steps_since_refresh``: 0 where the basis moved at the last step.
+    - ``captured``: :math:`\|Q^\top G\|^2 / \|G\|^2`, from 0 to 1, the part of the gradient's energy
+      in the basis before it. It is 0 before the first basis and 1 for a gradient of 0. A gradient
+      that is not finite leaves it unchanged.
+    - ``rotation``: :math:`\|(I - Q Q^\top) Q'\|_F / \sqrt r` at the last move of the basis: the
+      root mean square sine of the r principal angles between both bases. It is 0 for the same
+      subspace and 1 for an orthogonal one.
+    - ``steps_since_refresh``: 0 if the basis moved at the last step.
 
-    The summary has the mean over all matrices of captured energy, rotation and effective rank, the
-    largest condition number and number of steps, and the sum of what was skipped.
+    The summary has the mean over all matrices of ``captured``, ``rotation`` and ``effective_rank``,
+    the largest ``condition_number`` and ``steps_since_refresh``, and the sum of ``skipped``.
 
     Args:
-      state: the state of any transformation with an optimizer of this library in it, alone or
-        inside optax's combinators.
+      state: the state of an optimizer of this library, alone or inside optax's combinators.
 
     Returns:
       A :class:`SubspaceMetrics`: ``summary`` with a scalar for each metric, ``leaves`` with a
       dictionary of arrays of shape (\*batch,) for each matrix's path. The moment of
-      :func:`scale_in_subspace` is its inner state's ``mu`` or ``trace``; where there is none there
-      is neither condition number nor effective rank.
+      :func:`scale_in_subspace` is ``mu`` or ``trace`` of its inner state. Without these there is no
+      condition number and no effective rank.
 
     Raises:
-      ValueError: there is no state of this library's optimizers, or no matrix, in `state`.
+      ValueError: `state` contains no state of this library's optimizers, or no matrix.
 
     Examples:
       >>> import jax.numpy as jnp, sumo_optax
@@ -132,21 +132,21 @@ def with_subspace_metrics(
     *,
     weight_dimension_numbers: WeightDimensionNumbers | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Measures at every step what :func:`subspace_metrics` then says of it.
+    """Measures at every step what :func:`subspace_metrics` needs from two steps.
 
-    Updates are those of `tx`; its state is ``.inner`` of this one's. A step costs
-    three products more for a matrix: of the basis with the gradient, and of the old basis with the
-    new one, twice. An optimizer that is not wrapped pays nothing.
+    The updates are those of `tx`, and the state of `tx` is ``.inner`` of the new state. A step
+    takes three more products for each matrix: the basis with the gradient, and twice the old basis
+    with the new one. An optimizer without this wrapper computes and stores nothing for the metrics.
 
     Args:
       tx: an optimizer of this library, alone or inside optax's combinators.
-      weight_dimension_numbers: the same that `tx` was given.
+      weight_dimension_numbers: that of `tx`.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with state :class:`MeasuredState`.
 
     Raises:
-      ValueError: at init, there is no state of this library in that of `tx`, or a basis does not
+      ValueError: at init, the state of `tx` contains no state of this library, or a basis does not
         fit its leaf.
 
     Examples:
@@ -202,7 +202,7 @@ def with_subspace_metrics(
 
 def _found(ours: list[Any]) -> list[Any]:
     if not ours:
-        raise ValueError("there is no optimizer of sumo_optax in this state, so no subspace")
+        raise ValueError("this state contains no optimizer of sumo_optax, so it has no subspace")
     return ours
 
 

@@ -35,7 +35,7 @@ class MofasgdState(NamedTuple):
     """State of `scale_by_mofasgd`.
 
     The factors of the momentum M = U diag(s) Vᵀ are trees like the parameters, with a `MaskedNode`
-    for every leaf that is no matrix. They are float32 (float64 for float64 parameters) unless
+    for every leaf that is not a matrix. They are float32 (float64 for float64 parameters) unless
     `state_dtype` is given.
     """
 
@@ -62,33 +62,33 @@ def scale_by_mofasgd(
 ) -> optax.GradientTransformationExtraArgs:
     r"""MoFaSGD: momentum kept as a rank-r SVD, as a transformation of gradients.
 
-    For one matrix with gradient :math:`G` (m x n, m >= n, else its transpose) and momentum
+    For one matrix with gradient :math:`G` (m x n) and momentum
     :math:`M = U \,\mathrm{diag}(s)\, V^\top`:
 
     .. math::
       \begin{aligned}
       U \,\mathrm{diag}(s)\, V^\top &\leftarrow \mathrm{SVD}_r\left(
         U U^\top G + G V V^\top - U U^\top G V V^\top + \beta M \right) \\
-      D &= \rho \sqrt{m} \; U \,\mathrm{diag}(d)\, V^\top
+      D &= \rho \sqrt{\max(m, n)} \; U \,\mathrm{diag}(d)\, V^\top
         + c \, (I - U_- U_-^\top) G (I - V_- V_-^\top)
       \end{aligned}
 
-    with :math:`d_i = 1`: the update's r singular values are all the same. :math:`U_-` and
-    :math:`V_-` are those before the first line, whose full right side is never formed. The state is
-    (m + n + 1) r numbers a matrix.
+    with :math:`d_i = 1`, so that all r singular values of the update are equal. :math:`U_-` and
+    :math:`V_-` are the factors before the first line. The step never computes the m x n matrix on
+    the right of that line. The state has (m + n + 1) r numbers for each matrix.
 
     Args:
-      rank: r, a number, a fraction of the short side or a function; see :func:`scale_by_sumo`.
-      momentum: :math:`\beta`, in [0, 1), or a schedule of it. The authors warm it up, from 0.65 to
-        0.85 or from 0.75 to 0.95 over 300 steps.
-      inverse_limit: a number > 0 makes :math:`d_i = \min(1 / s_i, \text{limit})`, the form of the
-        authors' released configurations.
-      complement: c >= 0, how much is added of the gradient outside both subspaces, which the
-        momentum does not see.
-      consistent_rms: :math:`\rho` > 0 above, so that an update's root mean square depends on the
-        rank, not on the shape. None for a factor of 1.
-      weight_dimension_numbers, fallback, skip_nonfinite, state_dtype, seed: those of
-        :func:`scale_by_sumo`.
+      rank: r, an integer, a fraction of the short side or a function; see :func:`scale_by_sumo`.
+      momentum: :math:`\beta` in [0, 1), or a schedule of it. The authors raise it over 300 steps,
+        from 0.65 to 0.85 or from 0.75 to 0.95.
+      inverse_limit: a number > 0 sets :math:`d_i = \min(1 / s_i, \text{limit})`, as in the
+        configurations that the authors released.
+      complement: c >= 0, the factor of the gradient outside both subspaces, which the momentum does
+        not see.
+      consistent_rms: :math:`\rho` > 0 in the formula above. It makes the root mean square of an
+        update depend on the rank and not on the shape. None sets the factor to 1.
+      weight_dimension_numbers, fallback, skip_nonfinite: see :func:`scale_by_sumo`.
+      state_dtype, seed: see :func:`scale_by_sumo`.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with state :class:`MofasgdState`. With
@@ -96,7 +96,8 @@ def scale_by_mofasgd(
       change from step to step; the other arguments are static.
 
     Raises:
-      ValueError, TypeError: an argument is not as above; at init, a spec does not fit its leaf.
+      ValueError, TypeError: an argument is outside the ranges above, or, at init, a spec does not
+        fit its leaf.
 
     Examples:
       >>> import jax.numpy as jnp, optax, sumo_optax
@@ -110,8 +111,8 @@ def scale_by_mofasgd(
       >>> params = optax.apply_updates(params, updates)
 
     References:
-      `arXiv 2507.08091 <https://arxiv.org/abs/2507.08091>`_, Algorithm 1, which is had with
-      ``**sumo_optax.presets.MOFASGD``.
+      `arXiv 2507.08091 <https://arxiv.org/abs/2507.08091>`_, Algorithm 1.
+      ``**sumo_optax.presets.MOFASGD`` gives this algorithm.
     """
     if not callable(momentum):
         _check.number("momentum", momentum, least=0, below=1)
@@ -239,25 +240,24 @@ def mofasgd(
     state_dtype: jax.typing.DTypeLike | None = None,
     seed: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""MoFaSGD for matrices and AdamW for all other leaves: a whole optimizer.
+    r"""A complete optimizer: MoFaSGD for matrices and AdamW for all other leaves.
 
     .. math:: W \leftarrow W - \eta \, (D + \lambda W)
 
-    with D of :func:`scale_by_mofasgd`, learning rate :math:`\eta` and weight decay :math:`\lambda`.
+    Here D comes from :func:`scale_by_mofasgd`, :math:`\eta` is the learning rate and
+    :math:`\lambda` the weight decay.
+
+    The arguments that are not listed here are those of :func:`scale_by_mofasgd`, and for weight
+    decay and Adam those of :func:`sumo`.
 
     Args:
       learning_rate: a number or an optax schedule.
-      rank, momentum, inverse_limit, complement, consistent_rms: those of
-        :func:`scale_by_mofasgd`.
-      weight_dimension_numbers, skip_nonfinite, state_dtype, seed: likewise.
-      weight_decay, weight_decay_mask: those of :func:`sumo`.
-      adam_b1, adam_b2, adam_eps, adam_weight_decay, adam_learning_rate: likewise.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``. Its ``update`` needs the parameters.
 
     Raises:
-      ValueError, TypeError: as :func:`scale_by_mofasgd`.
+      ValueError, TypeError: see :func:`scale_by_mofasgd`.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, sumo_optax

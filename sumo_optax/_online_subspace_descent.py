@@ -43,7 +43,8 @@ def scale_by_online_subspace_descent(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Online Subspace Descent, as a transformation of gradients.
 
-    For one matrix with gradient :math:`G` and projector :math:`P`, with :math:`g = G / \|G\|_F`:
+    For one matrix with gradient :math:`G` (m x n, where m is the projected side), projector
+    :math:`P` (m x r) and :math:`g = G / \|G\|_F`:
 
     .. math::
       \begin{aligned}
@@ -52,29 +53,29 @@ def scale_by_online_subspace_descent(
       P &\leftarrow P - \eta_P \, \mathrm{projector}(\nabla L)
       \end{aligned}
 
-    P starts as the dominant subspace of the first gradient and is not made orthonormal again; the
-    penalty keeps it near. Its gradient is had in closed form, for one more product with G. With
-    Adam for both, r (2 m + 3 n) numbers are held for a matrix m x n, m >= n, projected on its short
-    side.
+    P starts as the dominant subspace of the first gradient. Only the penalty keeps it near
+    orthonormal. The gradient of L has a closed form and takes one more product with G. With Adam
+    for both, the state has r (3 m + 2 n) numbers for each matrix.
 
     Args:
-      rank: r, a number, a fraction of the short side or a function; see :func:`scale_by_sumo`.
+      rank: r, an integer, a fraction of the short side or a function; see :func:`scale_by_sumo`.
       inner: the transformation of projected gradients, by default ``optax.scale_by_adam()``; see
         :func:`scale_in_subspace`.
-      projector: the transformation of P's gradient, by default ``optax.scale_by_adam()``;
-        ``optax.identity()`` is gradient descent and holds nothing. For parameters it is given P.
+      projector: the transformation of the gradient of P, by default ``optax.scale_by_adam()``. It
+        receives P as its parameters. ``optax.identity()`` is gradient descent and holds nothing.
       projector_learning_rate: :math:`\eta_P` >= 0, or a schedule of it.
-      orthogonality: :math:`\rho` >= 0. 0.1 is the paper's, 0 its authors' code.
-      side: which side of the matrix is projected, ``"short"`` or ``"long"``.
+      orthogonality: :math:`\rho` >= 0. The paper has 0.1, and the code of its authors has 0.
+      side: the projected side of the matrix, ``"short"`` or ``"long"``.
       scale: a > 0.
-      weight_dimension_numbers, fallback, skip_nonfinite, state_dtype, seed: those of
-        :func:`scale_by_sumo`.
+      weight_dimension_numbers, fallback, skip_nonfinite: see :func:`scale_by_sumo`.
+      state_dtype, seed: see :func:`scale_by_sumo`.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with state :class:`SubspaceState`.
 
     Raises:
-      ValueError, TypeError: an argument is not as above; at init, a spec does not fit its leaf.
+      ValueError, TypeError: an argument is outside the ranges above, or, at init, a spec does not
+        fit its leaf.
 
     Examples:
       >>> import jax.numpy as jnp, optax, sumo_optax
@@ -133,29 +134,27 @@ def online_subspace_descent(
     state_dtype: jax.typing.DTypeLike | None = None,
     seed: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Online Subspace Descent for matrices and AdamW for all other leaves: a whole optimizer.
+    r"""A complete optimizer: Online Subspace Descent for matrices, AdamW for all other leaves.
 
     .. math:: W \leftarrow W - \eta \, (D + \lambda W)
 
-    with D of :func:`scale_by_online_subspace_descent`, learning rate :math:`\eta` and weight decay
-    :math:`\lambda`.
+    Here D comes from :func:`scale_by_online_subspace_descent`, :math:`\eta` is the learning rate
+    and :math:`\lambda` the weight decay.
+
+    The arguments that are not listed here are those of :func:`scale_by_online_subspace_descent`,
+    and for weight decay and Adam those of :func:`sumo`.
 
     Args:
       learning_rate: a number or an optax schedule.
-      rank, inner, projector, orthogonality, side, scale: those of
-        :func:`scale_by_online_subspace_descent`.
-      weight_dimension_numbers, skip_nonfinite, state_dtype, seed: likewise.
-      projector_learning_rate: a schedule, or a number >= 0; where `learning_rate` is a schedule
-        the number is that at its peak, and has its shape. The peak is looked for up to step 10
-        million. None is five times `learning_rate`.
-      weight_decay, weight_decay_mask: those of :func:`sumo`.
-      adam_b1, adam_b2, adam_eps, adam_weight_decay, adam_learning_rate: likewise.
+      projector_learning_rate: a schedule, or a number >= 0. If `learning_rate` is a schedule, the
+        number is the rate at the peak of this schedule and follows its shape; the peak must come
+        before step 10 million. None means five times `learning_rate`.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``. Its ``update`` needs the parameters.
 
     Raises:
-      ValueError, TypeError: as :func:`scale_by_online_subspace_descent`.
+      ValueError, TypeError: see :func:`scale_by_online_subspace_descent`.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, sumo_optax
@@ -170,8 +169,8 @@ def online_subspace_descent(
       True
 
     References:
-      `arXiv 2408.12857 <https://arxiv.org/abs/2408.12857>`_, Algorithm 1, which is had with
-      ``**sumo_optax.presets.ONLINE_SUBSPACE_DESCENT``.
+      `arXiv 2408.12857 <https://arxiv.org/abs/2408.12857>`_, Algorithm 1.
+      ``**sumo_optax.presets.ONLINE_SUBSPACE_DESCENT`` gives this algorithm.
     """
     return optax.chain(
         scale_by_online_subspace_descent(

@@ -133,10 +133,10 @@ class Parts:
 
     def _refuse(self, what: str, other: int) -> NoReturn:
         raise ValueError(
-            f"{what} depends on the gradient of {self._name(other)}, which is not there at the same"
-            " time: clip_by_global_norm and the like look at all gradients together. SUMO's step"
-            " does not depend on the gradient's size; sumo_optax.clip_by_last_norm clips by the"
-            " norm of the step before"
+            f"{what} depends on the gradient of {self._name(other)}, which does not exist at the"
+            " same time: transformations such as clip_by_global_norm need all gradients at once."
+            " SUMO's step does not depend on the gradient's size; sumo_optax.clip_by_last_norm"
+            " clips by the norm of the previous step"
         )
 
     def state_of(self, held: dict[int, Arrays], shared: Arrays) -> PyTree:

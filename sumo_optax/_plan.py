@@ -40,16 +40,14 @@ PRESETS = {
 
 
 LEGEND = (
-    "of AdamW's: the state over AdamW's.",
-    "total: parameters, gradients and state. It leaves out activations and what a step needs for"
-    " a moment.",
-    "fused: the peak of a training step with sumo_optax.value_and_update on one device, with one"
-    " sequence of {tokens:,} tokens and with stacked, checkpointed layers. It counts parameters,"
-    " state, the layers' inputs, the head's gradient, and the larger of two: the logits, or one"
-    " layer's gradients, attention scores and update.",
-    "projected: the gradients between two refreshes, where they are taken in the subspace"
-    " (sumo_optax.subspace_value_and_grad). SUMO takes them with residual=None. The total counts"
-    " whole gradients.",
+    "of AdamW's: the state as a fraction of AdamW's.",
+    "total: parameters, gradients and state, without activations and temporary arrays.",
+    "fused: the peak of a training step with sumo_optax.value_and_update on one device, for one"
+    " sequence of {tokens:,} tokens and for stacked, checkpointed layers. It counts parameters,"
+    " state, the inputs of the layers, the gradient of the head, and the larger of these two: the"
+    " logits, or the gradients, attention scores and update of one layer.",
+    "projected: the gradients between two refreshes with sumo_optax.subspace_value_and_grad. SUMO"
+    " accepts them with residual=None. The total counts whole gradients.",
 )
 
 

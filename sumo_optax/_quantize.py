@@ -69,30 +69,32 @@ def quantize_state(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Holds the state of any optax transformation in 8 or 4 bits.
 
-    With :math:`a` the number of the largest magnitude among 128, a block along an array's last
-    axis, a number x is held as a whole number v,
+    The arrays are divided into blocks of 128 numbers along the last axis. Let :math:`a` be the
+    number of largest magnitude in a block. A number x of the block is held as an integer v,
 
     .. math::
       x = a u \quad (u = v / 128), \qquad
       x = a \, (0.67 \, u + 0.33 \, u^3) \quad (u = v / 8), \qquad
       x = a \, u^4 \quad (u = v / 255 \text{ or } v / 15)
 
-    with 8 bits, with 4 bits, and for means and sums of squares, which go by optax's names for them:
-    ``nu``, ``v``, ``sum_of_squares`` and the like. Of these only an exact zero becomes 0, so that a
-    step which is divided by their root stays bounded. All else is rounded to nearest. Squares move
-    by less than a level in a step: they are rounded up or down by a threshold that goes evenly
-    through [0, 1] from step to step, and are right on average.
+    The first formula is for 8 bits and the second for 4 bits. The third is for means and sums of
+    squares, which are found by the names that optax gives them (``nu``, ``v``, ``sum_of_squares``
+    and others). Of these, only an exact zero becomes 0, so that a step that divides by their root
+    stays bounded. A square changes by less than a level in a step, so it is rounded up or down by a
+    threshold that runs evenly through [0, 1] from step to step, and it is right on average. All
+    other numbers are rounded to the nearest level.
 
-    That is 8.25 or 4.25 bits a number for a float32 state. Floating-point arrays of at least 1,024
-    numbers and two axes are held so; counters, vectors and small arrays stay.
+    A number of a float32 state then takes 8.25 or 4.25 bits. This holds for floating-point arrays
+    with at least two axes and 1,024 numbers. Counters, vectors and small arrays do not change.
 
-    Do not put it around what holds parameters (``schedule_free``, ``lookahead``) or sums up
-    gradients (``MultiSteps``), but inside of it. The optimizers of this library do better with
-    their own ``state_dtype="int8"`` or ``"int4"``, which dequantises one group of matrices at a
+    Put it inside transformations that hold parameters (``schedule_free``, ``lookahead``) or that
+    add up gradients (``MultiSteps``), and not around them. For the optimizers of this library,
+    ``state_dtype="int8"`` or ``"int4"`` is better, because it restores one group of matrices at a
     time.
 
     Args:
-      tx: the transformation: ``adamw``, ``muon``, ``lion``, a ``chain`` or ``partition`` of them.
+      tx: the transformation, such as ``adamw``, ``muon``, ``lion``, or a ``chain`` or ``partition``
+        of these.
       bits: 8 or 4.
 
     Returns:
@@ -266,6 +268,6 @@ def _refuse_others(state: PyTree) -> None:
     is_other = lambda x: isinstance(x, _OTHERS)
     for x in filter(is_other, jax.tree.leaves(state, is_leaf=is_other)):
         raise ValueError(
-            f"quantize_state goes by optax's names for means and squares, got {type(x).__name__},"
+            f"quantize_state needs optax's names for means and squares, got {type(x).__name__},"
             " which has others"
         )

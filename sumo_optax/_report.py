@@ -77,33 +77,33 @@ class Report(NamedTuple):
         ]
         if any(leaf.role == "open" for leaf in self.leaves):
             lines += [
-                "open: path and shape do not tell the axes of a matrix, so the fallback takes it.",
-                "      Say which axes are a matrix's with weight_dimension_numbers.",
+                "open: path and shape do not tell the axes of a matrix, so the fallback trains it.",
+                "      Name the axes of the matrix in weight_dimension_numbers.",
             ]
         return "\n".join(lines)
 
 
 def describe(tx_or_rank: optax.GradientTransformation | Rank, params: PyTree) -> Report:
-    """What an optimizer will do with each leaf of a tree, and the bytes it will hold.
+    """Reports how an optimizer treats each leaf of a tree, and the bytes of its state.
 
-    Nothing is allocated: the state's shapes come from ``jax.eval_shape``.
+    Nothing is allocated: the shapes of the state come from ``jax.eval_shape``.
 
     Args:
-      tx_or_rank: any optax transformation, or a rank, a fraction or a function as ``sumo`` takes
-        them, which stands for ``sumo`` of that rank.
+      tx_or_rank: any optax transformation; or a rank as :func:`sumo` takes it (an integer, a
+        fraction or a function), which stands for ``sumo`` of that rank.
       params: tree of arrays or ``jax.ShapeDtypeStruct``.
 
     Returns:
-      A report whose ``str`` is a table (leaves that differ in a layer's number alone share a row)
-      with totals in its last lines, and whose fields ``leaves``, ``state_bytes`` and
-      ``adamw_bytes`` are the same as data. AdamW holds two numbers per parameter, in its dtype.
-      The role ``open`` is that of leaves on the fallback which path and shape would allow to be
-      matrices in more ways than one. ``reasons`` is a table that says why each leaf is a matrix or
-      is none.
+      A report. Its ``str`` is a table with totals in the last lines; leaves whose paths differ only
+      in the number of a layer share a row. The fields ``leaves``, ``state_bytes`` and
+      ``adamw_bytes`` have the same data. AdamW holds two numbers for each parameter, in the
+      parameter's dtype. The role ``open`` means that path and shape allow several matrices, so the
+      fallback trains the leaf. The table ``reasons`` explains for each leaf why it is a matrix or
+      not.
 
     Raises:
       ValueError: a low-rank optimizer finds no matrix among the parameters.
-      TypeError: `params` are no arrays, or an optimizer's state; arguments in the wrong order.
+      TypeError: `params` is not a tree of arrays, or the arguments are in the wrong order.
 
     Examples:
       >>> import jax, jax.numpy as jnp, sumo_optax
@@ -129,7 +129,7 @@ def describe(tx_or_rank: optax.GradientTransformation | Rank, params: PyTree) ->
     if bases is not None and leaves and not bases:
         seen = ", ".join(f"{path_string(p)} {jnp.shape(x)}" for p, x in leaves.items())
         raise ValueError(
-            f"no parameter is a matrix, so there is nothing to hold at low rank; the parameters are"
+            f"no parameter is a matrix, so no state can have a low rank; the parameters are"
             f" {seen}. Say which axes make a matrix with weight_dimension_numbers"
         )
     rows = [_leaf_report(path, x, bases, held[path], found[path]) for path, x in leaves.items()]
@@ -137,7 +137,7 @@ def describe(tx_or_rank: optax.GradientTransformation | Rank, params: PyTree) ->
 
 
 def state_bytes(tx: optax.GradientTransformation, params: PyTree) -> int:
-    """Bytes of the optimizer state of `tx` for `params`, found without allocating any.
+    """Returns the bytes of the optimizer state of `tx` for `params`, without allocating any.
 
     Args:
       tx: any optax transformation.

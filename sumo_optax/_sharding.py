@@ -17,28 +17,28 @@ def state_shardings(
     *,
     mesh_axes: Collection[str] | None = None,
 ) -> PyTree:
-    """The sharding of every array of an optimizer's state, from those of the parameters.
+    """Returns the sharding of every array of an optimizer's state, from those of the parameters.
 
-    With mesh axes a along the side that is projected, b along the other and c on neither, the basis
-    is P(a, (b, c)) and the moment P((a, c), b), if r is a multiple of the devices along it; batch
-    axes (layers, experts) keep theirs. So every device holds its share of the state, data-parallel
-    ones included. States of optax's own transformations that are like a parameter lie as it does;
-    counters are replicated.
+    Let m be the projected side of a matrix and n the other one. The mesh axes a lie along m, b
+    along n, and c along neither. The basis has the spec P(a, (b, c)) and the moment P((a, c), b),
+    if the devices along r divide r. Batch axes (layers, experts) keep their sharding. Every device,
+    also along data-parallel axes, therefore holds its share of the state. States of optax's own
+    transformations have the sharding of their parameter. Counters are replicated.
 
     Args:
-      tx: any transformation made of ours and of optax's, combinators (``chain``, ``partition``,
-        ``masked``, ``MultiSteps``, ``inject_hyperparams``) included.
+      tx: any transformation that consists of those of this library and of optax, with combinators
+        (``chain``, ``partition``, ``masked``, ``MultiSteps``, ``inject_hyperparams``).
       params: tree of arrays or ``jax.ShapeDtypeStruct``.
       param_shardings: tree like `params` of ``jax.sharding.NamedSharding``, all of one mesh,
-        which may be a ``jax.sharding.AbstractMesh``: of devices that are not here.
-      mesh_axes: names of the mesh axes that may be c above, by default all of the mesh.
+        which may be a ``jax.sharding.AbstractMesh`` of devices that do not exist.
+      mesh_axes: names of the mesh axes that c may contain, by default all of the mesh.
 
     Returns:
       Tree of ``NamedSharding`` like ``tx.init(params)``.
 
     Raises:
-      TypeError: a sharding is no ``NamedSharding``.
-      ValueError: the shardings are of several meshes, or a mesh has no axis of such a name.
+      TypeError: a sharding is not a ``NamedSharding``.
+      ValueError: the shardings have several meshes, or the mesh has no axis of that name.
 
     Examples:
       >>> import jax, jax.numpy as jnp, sumo_optax
@@ -63,9 +63,9 @@ def abstract_state(
     *,
     mesh_axes: Collection[str] | None = None,
 ) -> PyTree:
-    """Shape, dtype and sharding of every array of an optimizer's state: what Orbax restores onto.
+    """Returns shape, dtype and sharding of every array of an optimizer's state, for Orbax.
 
-    Args, raises: those of :func:`state_shardings`.
+    Orbax restores a checkpoint onto it. Arguments and errors are those of :func:`state_shardings`.
 
     Returns:
       Tree of ``jax.ShapeDtypeStruct`` like ``tx.init(params)``.

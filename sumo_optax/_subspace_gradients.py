@@ -34,32 +34,33 @@ def subspace_value_and_grad(
     has_aux: bool = False,
     weight_dimension_numbers: WeightDimensionNumbers | None = None,
 ) -> Callable[..., Any]:
-    r"""Like ``jax.value_and_grad``, but with projected gradients of matrices.
+    r"""Like ``jax.value_and_grad``, with projected gradients for matrices.
 
-    For a matrix with basis :math:`Q` and, for MoFaSGD, row basis :math:`V` in the optimizer's
-    state, the gradient's leaf holds :math:`Q^\top G` and :math:`G V` alone. Where the loss uses the
-    matrix in products :math:`y = x W` only, the m x n array :math:`G` is never formed:
+    The optimizer's state has a basis :math:`Q` for each matrix and, with MoFaSGD, a row basis
+    :math:`V`. The gradient of the matrix then consists of :math:`Q^\top G` and :math:`G V` only. If
+    the loss uses the matrix only in products :math:`y = x W`, the m x n array :math:`G` is never
+    computed:
 
     .. math:: Q^\top G = (x Q)^\top \bar y, \qquad G V = x^\top (\bar y V)
 
-    Such a gradient tree can be summed over micro-batches, averaged over devices and clipped (its
-    norm is then that of what is kept), and is taken by the `update` of the optimizers here, with
-    the parameters as its third argument.
+    You can add up such gradients over micro-batches, average them over devices and clip them; their
+    norm is that of the projected gradients. The `update` of the optimizers of this library accepts
+    them, with the parameters as its third argument.
 
     Args:
-      fun: the loss as a function of the parameters and whatever else; the parameters come first.
-      has_aux: whether `fun` returns a pair of the loss and more.
-      weight_dimension_numbers: the optimizer's.
+      fun: the loss, a function of the parameters and any further arguments.
+      has_aux: whether `fun` returns a pair of the loss and auxiliary data.
+      weight_dimension_numbers: that of the optimizer.
 
     Returns:
-      A function of the parameters, the optimizer's state, and the other arguments of `fun`, which
-      gives the loss (or the pair) and a tree of gradients. Its keyword `full`, a Python bool, asks
-      for whole gradients: at the first step, and at every step that refreshes the basis.
+      A function of the parameters, the optimizer's state, and the further arguments of `fun`. It
+      returns the loss (or the pair) and a tree of gradients. Its keyword `full`, a Python bool,
+      requests whole gradients, which the first step and every refresh of the basis need.
 
     Raises:
-      ValueError: the optimizer's state has no basis; the parameters are on a mesh of Explicit axes;
-        and, by `update`, the optimizer reads more of a gradient: SUMO does with a residual and with
-        a basis that tracks the gradient at every step, Online Subspace Descent always.
+      ValueError: the optimizer's state has no basis, or the parameters lie on a mesh with Explicit
+        axes. `update` raises it if the optimizer needs whole gradients: SUMO with a residual or
+        with a basis that tracks the gradient at every step, and Online Subspace Descent.
 
     Examples:
       >>> import functools, jax, jax.numpy as jnp, optax, sumo_optax
@@ -82,8 +83,8 @@ def subspace_value_and_grad(
       True
 
     References:
-      That MoFaSGD reads these two products alone is in `arXiv 2507.08091
-      <https://arxiv.org/abs/2507.08091>`_, section 4.
+      `arXiv 2507.08091 <https://arxiv.org/abs/2507.08091>`_, section 4, shows that MoFaSGD needs
+      these two products only.
     """
 
     def value_and_grad(params, state, *args, full: bool = False, **kwargs):
@@ -124,7 +125,9 @@ def _bases(params: PyTree, state: PyTree, views: list[View | None]):
         left |= named_leaves(ours.basis)
         right |= named_leaves(getattr(ours, "row_basis", ()))
     if not left:
-        raise ValueError("the optimizer's state has no basis: it is none of a low-rank optimizer")
+        raise ValueError(
+            "the optimizer's state has no basis: it is not that of a low-rank optimizer"
+        )
     bases = []
     for path, view in zip(named_leaves(params), views, strict=True):
         P, V = left.get(path), right.get(path)

@@ -29,35 +29,35 @@ def value_and_update(
     has_aux: bool = False,
     strict: bool = False,
 ) -> Callable[..., Any]:
-    r"""A training step that makes each layer's update inside the backward pass.
+    r"""Makes a training step that updates each layer inside the backward pass.
 
-    It is ``jax.value_and_grad``, ``tx.update`` and ``optax.apply_updates`` in one, the same to
-    rounding,
+    The step combines ``jax.value_and_grad``, ``tx.update`` and ``optax.apply_updates``, with equal
+    results up to rounding:
 
     .. math:: W_l \leftarrow W_l + \mathrm{update}(\partial f / \partial W_l)
 
-    but the gradient of a layer l is let go of before that of the layer below is formed: beside
-    parameters and state a step holds the activations and one layer's gradient. Layers that are
-    stacked and taken apart by ``jax.lax.scan`` (``nn.scan``, ``nnx.scan``), with or without
-    ``jax.checkpoint``, are updated in place, in one loop. Of layers that are not stacked, those
-    leaves go together whose paths begin alike up to the first number. All other leaves, and
-    weights that several loops use, are updated when their whole gradient is there.
+    It frees the gradient of a layer l before it computes that of the layer below. Beside parameters
+    and state, a step holds the activations and the gradient of one layer. Stacked layers, which
+    ``jax.lax.scan`` takes apart (``nn.scan``, ``nnx.scan``), with or without ``jax.checkpoint``,
+    are updated in place in one loop. Separate layers are updated layer by layer: leaves belong
+    together if their paths agree up to the first number. All other leaves, and weights that several
+    loops use, are updated when their whole gradient exists.
 
-    Jit it with ``donate_argnums=(0, 1)``, or parameters and state are there twice.
+    Jit the step with ``donate_argnums=(0, 1)``. Otherwise parameters and state exist twice.
 
     Args:
-      fun: the loss as a function of the parameters and whatever else; the parameters come first.
-      tx: a transformation that treats leaves one by one: those here, ``adamw``, ``muon``, ``lion``
-        and the like, with schedules, weight decay, masks, ``inject_hyperparams``, ``partition``.
-        What it does with a whole leaf (a trust ratio) it does with each layer of a stack.
-      has_aux: whether `fun` returns a pair of the loss and more.
-      strict: whether to refuse a loss in which a scan takes leaves apart that cannot be updated in
-        it (since they are used elsewhere too, or are sliced or transposed before); else they are
-        updated after the backward pass.
+      fun: the loss, a function of the parameters and any further arguments.
+      tx: a transformation that treats leaves one by one: those of this library, ``adamw``, ``muon``
+        or ``lion``, with schedules, weight decay, masks, ``inject_hyperparams`` and ``partition``.
+        It treats each layer of a stack as a leaf of its own, for instance in a trust ratio.
+      has_aux: whether `fun` returns a pair of the loss and auxiliary data.
+      strict: whether to raise an error if a scan takes leaves apart that it cannot update, because
+        the loss also uses them elsewhere, or slices or transposes them first. Without it, such
+        leaves are updated after the backward pass.
 
     Returns:
-      A function of the parameters, the state of `tx`, and the other arguments of `fun`. It gives
-      the loss (or the pair), the new parameters and the new state.
+      A function of the parameters, the state of `tx`, and the further arguments of `fun`. It
+      returns the loss (or the pair), the new parameters and the new state.
 
     Raises:
       ValueError: an update depends on the gradients of several layers, as after
@@ -145,8 +145,8 @@ def _check_loops(paths: list[Path], missed: set[int]) -> None:
     if missed:
         names = ", ".join(path_string(paths[i]) for i in sorted(missed))
         raise ValueError(
-            f"strict: a scan takes apart {names}, but cannot update what is used elsewhere too, or"
-            " is sliced or transposed before"
+            f"strict: a scan takes {names} apart, but cannot update a leaf that the loss also uses"
+            " elsewhere, or that it slices or transposes before"
         )
 
 

@@ -322,7 +322,7 @@ def test_what_init_alone_was_told_is_asked_for():
     names = ("heads", "embed", "kv")
     params = {"mix": Variable(jnp.ones((4, 32, 8)), sharding_names=names), "w": jnp.ones((8, 6))}
     tx = sumo_optax.scale_by_sumo(2)
-    with pytest.raises(ValueError, match="mix is no matrix here.*flax_dimension_numbers"):
+    with pytest.raises(ValueError, match="mix is not a matrix here.*flax_dimension_numbers"):
         tx.update(pure(params), pure(tx.init(params)))
     told = sumo_optax.flax_dimension_numbers(params)
     tx = sumo_optax.scale_by_sumo(2, weight_dimension_numbers=told)

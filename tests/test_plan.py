@@ -313,7 +313,7 @@ def test_the_default_rank_is_a_quarter_of_the_short_side(capsys):
         (["plan", "--preset", "7b", "--mesh", "fsdp=0"], "got 'fsdp=0'"),
         (["plan", "--preset", "7b", "--mesh", "fsdp=2,fsdp=4"], "got 'fsdp=2,fsdp=4'"),
         (["plan", "--config", "{tmp}/none.json"], "No such file"),
-        (["plan", "--config", "{tmp}/broken.json"], "broken.json is no JSON"),
+        (["plan", "--config", "{tmp}/broken.json"], "broken.json is not JSON"),
         (["plan", "--config", "{tmp}/list.json"], "list.json holds no JSON object"),
         (["plan", "--config", "{tmp}/bert.json"], "model_type 'bert' is not known"),
         (["plan", "--config", "{tmp}/short.json"], "hidden_size must be an integer of at least 1"),

@@ -373,7 +373,7 @@ def test_a_projected_gradient_of_no_matrix_is_refused():
     params = {"w": {"kernel": jnp.ones((8, 4)), "bias": jnp.ones(4)}}
     projected = sumo_optax.ProjectedGradient(jnp.ones((2, 4)), None, (4,))
     grads = {"w": params["w"] | {"bias": projected}}
-    with pytest.raises(ValueError, match="of w/bias is projected, but by weight_dimension_numbers"):
+    with pytest.raises(ValueError, match="of w/bias is projected, but weight_dimension_numbers"):
         tx.update(grads, tx.init(params), params)
 
 
