@@ -124,7 +124,7 @@ def _state_spec(
     along_sides = [k + batch for k, side in enumerate(word) if side in sides]
     order = [*along_r, *range(batch)]
     own = _names_of(spec)
-    entries = _fitted(entries, own, shape, mesh, [*order, *along_sides])
+    entries = tuple(_fitted(entries, own, shape, mesh, [*order, *along_sides]))
     rest = [axis for axis in _dividing(mesh) if axis not in own]
     return _fitted(entries, rest, shape, mesh, order)
 
