@@ -1,7 +1,7 @@
 """Arguments that make each optimizer the algorithm of its paper.
 
-``sumo_optax.sumo(1e-2, **sumo_optax.presets.SUMO)``, and for one that is to be another
-``sumo_optax.sumo(1e-2, **{**sumo_optax.presets.SUMO, "basis": "svd"})``.
+``sumo_optax.sumo(1e-2, **sumo_optax.presets.SUMO)`` is the algorithm of the paper. To change one
+argument, write ``sumo_optax.sumo(1e-2, **{**sumo_optax.presets.SUMO, "basis": "svd"})``.
 """
 
 from collections.abc import Mapping
@@ -21,8 +21,8 @@ SUMO: Mapping[str, Any] = MappingProxyType(
     }
 )
 """`arXiv 2505.24749 <https://arxiv.org/abs/2505.24749>`_, Algorithm 1, for :func:`sumo` and
-:func:`scale_by_sumo`. The basis comes from a randomised SVD, as there; with ``basis="svd"`` instead
-it is exactly what that approximates."""
+:func:`scale_by_sumo`. As in the paper, the basis comes from a randomised SVD; ``basis="svd"`` gives
+the exact one."""
 
 ONLINE_SUBSPACE_DESCENT: Mapping[str, Any] = MappingProxyType(
     {
@@ -33,9 +33,9 @@ ONLINE_SUBSPACE_DESCENT: Mapping[str, Any] = MappingProxyType(
     }
 )
 """`arXiv 2408.12857 <https://arxiv.org/abs/2408.12857>`_, Algorithm 1 with Adam for both and
-:math:`\\eta_P = 5 \\eta`, for :func:`online_subspace_descent`. The paper decays the projector as it
-does the weights, which ``projector=optax.chain(optax.scale_by_adam(),
-optax.add_decayed_weights(weight_decay))`` does."""
+:math:`\\eta_P = 5 \\eta`, for :func:`online_subspace_descent`. The paper also
+decays the projector: to do so, pass ``projector=optax.chain(optax.scale_by_adam(),
+optax.add_decayed_weights(weight_decay))``."""
 
 MOFASGD: Mapping[str, Any] = MappingProxyType(
     {
