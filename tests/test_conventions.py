@@ -270,6 +270,9 @@ class Variable:
     def get_metadata(self):
         return self.metadata
 
+    def copy(self, **metadata):
+        return Variable(self.value, **(self.metadata | metadata))
+
 
 jax.tree_util.register_pytree_with_keys(
     Variable,
