@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from contracts import assert_equal, every_optimizer, every_transformation, like
+from contracts import assert_equal, every_optimizer, every_transformation_slowly, like
 from hypothesis import given, settings, strategies
 
 import sumo_optax
@@ -33,7 +33,7 @@ def all_finite(tree):
     return all(np.isfinite(x).all() for x in jax.tree.leaves(tree))
 
 
-@every_transformation
+@every_transformation_slowly
 def test_strange_gradients_give_finite_updates_and_states(make):
     tx = make()
     state, update = tx.init(STRANGE), jax.jit(tx.update)
@@ -78,7 +78,7 @@ def low_rank_part(state):
     return state[1:-2]
 
 
-@every_transformation
+@every_transformation_slowly
 @pytest.mark.parametrize("step", [0, 3, 4], ids=["first", "ordinary", "refresh"])
 def test_a_gradient_that_is_not_finite_moves_nothing(make, step):
     """Update zero and state untouched for that leaf alone, and the next step is a good one."""

@@ -45,6 +45,7 @@ def test_convergence_walks_to_the_best_rate(tmp_path, monkeypatch):
     assert (tmp_path / "convergence_costs.svg").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_convergence_times_steps(tmp_path):
     import convergence
 
@@ -162,6 +163,7 @@ def test_subspace_looks(tmp_path, monkeypatch):
         assert 0 < row["mean_energy"] <= 1 + 1e-5 and row["largest_orthogonality_error"] < 0.2
 
 
+@pytest.mark.slow
 def test_moved_bases_capture_more(tmp_path, monkeypatch):
     import record
     import refresh
@@ -177,6 +179,7 @@ def test_moved_bases_capture_more(tmp_path, monkeypatch):
     assert abs(rows[0]["moved"] - 1) < 1e-5 and rows[1]["moved"] > 0.98
 
 
+@pytest.mark.slow
 def test_claims_are_looked_at(tmp_path, monkeypatch):
     import claims
     import record

@@ -172,7 +172,7 @@ def test_a_wrong_rank_from_a_function_is_refused_with_the_path(make):
             tx.init(TWO_RANKS)
 
 
-@every_transformation
+@every_transformation_slowly
 @pytest.mark.parametrize(
     ("shape", "devices"), [((4, 12, 6), 8), ((2, 2, 6, 12), 8), ((1, 6, 6), 8), ((2, 2, 6, 12), 1)]
 )
@@ -194,7 +194,7 @@ def test_batched_equals_one_by_one(make, shape, devices, monkeypatch):
             assert_close(updates["kernel"][i], one["kernel"], rtol=1e-4)
 
 
-@every_transformation
+@every_transformation_slowly
 @pytest.mark.parametrize("axis", [None, 0, 1])
 def test_large_groups_are_taken_in_parts(make, axis, monkeypatch):
     """Six alike matrices, two at a time, in leaves of their own or stacked along an axis."""
@@ -236,7 +236,7 @@ def test_stacks_do_not_stop_one_cpu():
     subprocess.run([sys.executable, "-c", STACKS_ON_ONE_CPU], env=env, check=True, timeout=300)
 
 
-@every_transformation
+@every_transformation_slowly
 def test_conv_kernel_is_one_matrix_of_its_merged_axes(make):
     conv, flat = (
         {"conv": {"kernel": jnp.ones((2, 3, 4, 8))}},
@@ -249,7 +249,7 @@ def test_conv_kernel_is_one_matrix_of_its_merged_axes(make):
     assert_close(updates["conv"]["kernel"].reshape(24, 8), expected["conv"]["kernel"])
 
 
-@every_transformation
+@every_transformation_slowly
 def test_transposed_matrix_has_the_transposed_update(make):
     tx, G = make(), like({"kernel": jnp.ones((12, 6))}, 0)
     updates, _ = jax.jit(tx.update)(G, tx.init(G))
@@ -275,7 +275,7 @@ def test_update_has_the_gradients_dtype_and_state_at_least_float32(make, dtype):
     assert dequantized(state)[0].basis["dense"]["kernel"].dtype == jnp.float32
 
 
-@every_optimizer
+@every_optimizer_slowly
 def test_bfloat16_gradients_train_like_float32_ones(make):
     grads = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), small_params())
     halves = jax.tree.map(lambda x: x.astype(jnp.bfloat16), grads)

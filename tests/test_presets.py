@@ -72,7 +72,9 @@ SCHEDULE = optax.linear_schedule(0.01, 0.002, 20)
 
 
 @pytest.mark.parametrize(
-    "rate, decay", [(0.01, 0.0), pytest.param(SCHEDULE, 0.1, marks=pytest.mark.slow)], ids=str
+    "rate, decay",
+    [(0.01, 0.0), pytest.param(SCHEDULE, 0.1, marks=pytest.mark.slow)],
+    ids=["number", "schedule"],
 )
 def test_online_subspace_descent(rate, decay):
     """Of weights, since both decays are of what has its learning rate."""

@@ -384,8 +384,11 @@ def test_metrics_go_to_boards(tmp_path, monkeypatch):
     "extra",
     [
         "--optimizer sumo --refresh-every 5",
-        "--optimizer adamw --scan-layers --data hf:{hub} --tokenizer bpe:280",
-        "--optimizer adamw --scan-layers --fused",
+        pytest.param(
+            "--optimizer adamw --scan-layers --data hf:{hub} --tokenizer bpe:280",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("--optimizer adamw --scan-layers --fused", marks=pytest.mark.slow),
     ],
 )
 def test_resumed_run_equals_an_unbroken_one(run, hub_folder, extra, tmp_path, monkeypatch):
