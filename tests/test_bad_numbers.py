@@ -5,7 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from contracts import assert_equal, every_optimizer, every_transformation_slowly, like
+from contracts import (
+    assert_equal,
+    every_optimizer,
+    every_transformation,
+    every_transformation_slowly,
+    like,
+)
 from hypothesis import given, settings, strategies
 
 import sumo_optax

@@ -16,7 +16,6 @@ import pytest
 from contracts import (
     assert_close,
     every_optimizer_slowly,
-    every_transformation,
     every_transformation_in_floats,
     every_transformation_slowly,
 )
