@@ -130,7 +130,7 @@ def timed(config: Config, name: str) -> dict[str, Any]:
     """A training step of an entry, and all memory that it takes."""
     argv = arguments(config, SWEPT_TASK, name, STUDY[name].rate, seed=0)
     argv += ["--out", str(config.runs / "timed"), "--overwrite"]
-    run = finetune.prepare(tyro.cli(finetune.Config, args=argv)).run
+    run = finetune.prepare(finetune.parse(argv)).run
     lazy: Any = run.compile()
     step = lazy.lower(1, run.state, next(run.batches)).compile()
     memory = step.memory_analysis()

@@ -2,7 +2,7 @@
 
 python benchmarks/pods.py
 
-Needs the extra `compile`. Four layers of a LLaMA of width 1024, bfloat16, rank 256.
+Needs the extra `compile`. Four layers of a LLaMA of width 512, bfloat16, rank 128.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ import tyro
 from compiled import Case
 from training_step import Model
 
-STACKED = Model(1024, 2816, 4, heads=8, dtype="bfloat16", stacked=True)
+STACKED = Model(512, 1536, 4, heads=8, dtype="bfloat16", stacked=True)
 SEPARATE = dataclasses.replace(STACKED, stacked=False)
 TARGETS = {8: "v5e:2x4", 64: "v5e:8x8", 256: "v5p:8x8x4"}
 LAYOUTS = {
@@ -44,7 +44,7 @@ def row(what: tuple[bool, str, int, str]) -> dict[str, Any]:
         layout,
         TARGETS[devices],
         STACKED if stacked else SEPARATE,
-        rank=256,
+        rank=128,
         state_dtype="bfloat16",
         axes=LAYOUTS[layout](devices),
     )
