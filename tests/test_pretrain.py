@@ -484,7 +484,8 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(run, capsys, unbroken, tmp_pa
     def fill():
         while not (tmp_path / "out/checkpoints/8").is_dir():
             time.sleep(0.01)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+        # Room for the metrics, none for a checkpoint.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, limits[1]))
 
     try:
         with monkeypatch.context() as patch:
