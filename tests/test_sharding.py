@@ -241,7 +241,10 @@ def test_layers_are_read_and_written_one_at_a_time(make, monkeypatch, request):
 
 
 SCALARS = 16  # norms and looks for numbers that are not finite
-EXTRA = {"mofasgd": 2.4}  # both its factors are bases, and the SVD of their core is on one device
+EXTRA = {
+    "mofasgd": 2.4,  # both its factors are bases, and the SVD of their core is on one device
+    "sumo_periodic": 1.02,  # vectors of norms, which count beside r = 4
+}
 
 
 @every_transformation_in_floats
