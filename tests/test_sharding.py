@@ -242,8 +242,10 @@ def test_layers_are_read_and_written_one_at_a_time(make, monkeypatch, request):
 
 SCALARS = 16  # norms and looks for numbers that are not finite
 EXTRA = {
-    "mofasgd": 2.4,  # both its factors are bases, and the SVD of their core is on one device
-    "sumo_periodic": 1.02,  # vectors of norms, which count beside r = 4
+    "mofasgd": 2.1,  # both its factors are bases, and the SVD of their core is on one device
+    # State lies on the axis that the matrix does not use, too; at r = 4 vectors of norms count.
+    "columns-mofasgd": 2.4,
+    "columns-sumo_periodic": 1.02,
 }
 
 
@@ -255,7 +257,8 @@ def test_numbers_sent_in_an_ordinary_step(make, spec, request):
     ordinary, _ = collectives.collectives(compiled(make, (m, n), SPECS[spec]))
     sent = sum(size for _, sizes in ordinary for size in sizes if size > 1)
     scalars = sum(size for _, sizes in ordinary for size in sizes if size == 1)
-    extra = EXTRA.get(request.node.callspec.id.split("-")[-1], 1)
+    name = request.node.callspec.id
+    extra = EXTRA.get(name, EXTRA.get(name.split("-")[-1], 1))
     assert sent <= (3 * R * (m + n) + 5 * R**2) * extra
     assert scalars <= SCALARS * axes * extra
 

@@ -1,6 +1,7 @@
 """A loop over an Equinox model whose layers are stacked by `filter_vmap` and scanned."""
 
 import equinox as eqx
+import in_equinox
 import jax
 import jax.numpy as jnp
 import optax
@@ -69,25 +70,8 @@ def step(model, state, x):
 # end
 
 
-def train(model, state, steps):
-    losses = []
-    for i in steps:
-        model, state, loss = step(model, state, jnp.asarray(runs.tokens(i)))
-        losses.append(float(loss))
-    return model, state, losses
-
-
 def test_ten_steps_and_a_resumed_run(tmp_path):
-    model = Model(jax.random.key(0))
-    whole = train(model, start(model), range(runs.STEPS))
-    runs.assert_learns(whole[2])
-
-    *half, _ = train(model, start(model), range(5))
-    eqx.tree_serialise_leaves(tmp_path / "step_5.eqx", half)
-    like = Model(jax.random.key(1))
-    half = eqx.tree_deserialise_leaves(tmp_path / "step_5.eqx", [like, start(like)])
-    model, state, _ = train(*half, range(5, runs.STEPS))
-    runs.assert_same_bits((model, state), whole[:2])
+    in_equinox.assert_resumes(Model, start, step, tmp_path)
 
 
 def test_layers_are_stacks_of_matrices_that_are_out_in():
