@@ -57,6 +57,7 @@ def test_convergence_times_steps(tmp_path):
     assert second["over_adamw"] == pytest.approx(ratio, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_convergence_trains(tmp_path):
     import convergence
 
@@ -147,6 +148,7 @@ def test_step_measures(tmp_path, monkeypatch):
     assert "| sumo, rank 2 |" in out.getvalue()
 
 
+@pytest.mark.slow
 def test_subspace_looks(tmp_path, monkeypatch):
     import record
     import subspace
@@ -215,6 +217,7 @@ def test_polar_factors_are_compared(tmp_path, monkeypatch):
     assert "| 4 | newton_schulz | 1.00 | 1.00 |" in out.getvalue()
 
 
+@pytest.mark.slow
 def test_collectives_are_counted(tmp_path, monkeypatch):
     import collectives
     import record

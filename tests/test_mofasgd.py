@@ -132,6 +132,7 @@ def orthonormal_after(stream, shape, steps):
     assert errors.max() < 1e-4
 
 
+@pytest.mark.slow
 def test_the_start_after_a_zero_gradient_is_from_the_gradient_alone():
     """The momentum is then U Uᵀ G: the columns that V was completed with have no part in it."""
     G = jax.random.normal(jax.random.key(0), (40, 16))

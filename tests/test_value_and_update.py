@@ -340,7 +340,12 @@ def on_mesh(tree, mesh, axes):
     "shape, axes",
     [
         pytest.param({"fsdp": 8}, ("fsdp", None), id="fsdp", marks=pytest.mark.slow),
-        pytest.param({"data": 2, "fsdp": 2, "tensor": 2}, ("fsdp", "tensor"), id="three axes"),
+        pytest.param(
+            {"data": 2, "fsdp": 2, "tensor": 2},
+            ("fsdp", "tensor"),
+            id="three axes",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 @pytest.mark.parametrize("model", ["checkpointed", *map(slowly, ["separate", "experts", "tied"])])
