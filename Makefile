@@ -8,6 +8,7 @@ COMPILERS := .venv-compile/installed
 # Trainers as they are published, which need Python 3.12. Some of what they need names an older
 # Python as its last, which pip minds and uv does not.
 CLIENTS := .venv-clients/installed .venv-haliax/installed
+FREEZE := uv pip freeze --exclude-editable --exclude pip --exclude uv
 
 # On a CPU, LAPACK's threads and XLA's wait for each other: small factorisations want one.
 export OPENBLAS_NUM_THREADS ?= 1
@@ -33,8 +34,8 @@ test-clients: $(CLIENTS)
 	.venv-haliax/bin/python -m pytest -rs -o filterwarnings=default tests/clients/test_haliax.py
 	.venv-clients/bin/python -m pytest -rs -o filterwarnings=default \
 	  --ignore tests/clients/test_haliax.py tests/clients
-	.venv-haliax/bin/python -m pip freeze --exclude-editable --exclude uv > tests/clients/haliax_versions.txt
-	.venv-clients/bin/python -m pip freeze --exclude-editable --exclude uv > tests/clients/versions.txt
+	.venv-haliax/bin/$(FREEZE) --python .venv-haliax > tests/clients/haliax_versions.txt
+	.venv-clients/bin/$(FREEZE) --python .venv-clients > tests/clients/versions.txt
 
 test-versions:
 	.ci/test_versions
