@@ -68,7 +68,7 @@ repository:
 	$(MAKE) notebooks
 
 clean:
-	rm -rf .venv .venv-clients .venv-compile .venv-haliax .venv-newest .venv-oldest build dist runs docs/_build docs/_generated *.egg-info
+	rm -rf .venv .venv-clients .venv-compile .venv-haliax .venv-newest .venv-oldest build dist runs docs/_build docs/_generated docs/gallery *.egg-info
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'

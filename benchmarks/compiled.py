@@ -145,6 +145,31 @@ FUSED = (
 OPTIMIZERS = (*PEERS, *OURS, *FUSED)
 # Of the code before matrices were stacked, kept for comparison.
 BEFORE = ("sumo, before",)
+# Columns that are a table together.
+PARTS = (
+    (
+        "peak, MiB (over AdamW's)",
+        "temporaries, MiB (over SGD's)",
+        "state, MiB",
+        "arguments / planned",
+        "collectives, MiB",
+    ),
+    (
+        "kernels (over AdamW's)",
+        "of them in every step",
+        "conditionals",
+        "loops",
+        "factorisations in every step",
+        "calls of factorisations",
+    ),
+    (
+        "equations",
+        "tracing, s",
+        "compilation, s (over AdamW's)",
+        "program, MiB (over AdamW's)",
+        "GFLOP",
+    ),
+)
 PACKAGES = ("libtpu", "jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12")
 NO_TARGET = "no target"
 MIB = 2**20
@@ -258,15 +283,22 @@ def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """A table for each case; what is nothing for every optimizer has no column."""
+    """Tables for each case; what is nothing for every optimizer has no column."""
     tables = []
     for name, case in CASES.items():
         lines = [line(row) for row in rows if row["case"] == name]
         if lines:
-            columns = {c: f"{{{c}}}" for c in lines[0] if any(x[c] for x in lines)}
             tables.append(f"**{case.title[0].upper()}{case.title[1:]}**\n")
-            tables.append(record.table(lines, columns) + "\n")
+            parts = [part(lines, names) for names in PARTS]
+            tables += [record.table(*x) + "\n" for x in parts if x[0]]
     return "\n".join(tables)
+
+
+def part(lines: list[dict[str, str]], names: tuple[str, ...]) -> tuple[list, dict[str, str]]:
+    """The lines and columns of which something is to be said."""
+    columns = [name for name in names if any(x[name] for x in lines)]
+    kept = [x for x in lines if any(x[name] for name in columns)]
+    return kept, {name: f"{{{name}}}" for name in ("optimizer", *columns)}
 
 
 def line(row: dict[str, Any]) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """How `make docs` builds the manual."""
 
+import shutil
 import sys
 import tomllib
 from pathlib import Path
@@ -21,7 +22,7 @@ copyright = author
 release = sumo_optax.__version__
 
 extensions = [
-    "myst_parser",
+    "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx.ext.mathjax",
@@ -29,6 +30,13 @@ extensions = [
 ]
 exclude_patterns = ["_build", "_generated"]
 nitpicky = True  # a reference to nothing is a warning, and warnings are errors
+
+# Notebooks are kept without outputs; here they run, once until they change.
+nb_execution_mode = "cache"
+nb_execution_in_temp = True
+nb_execution_raise_on_error = True
+nb_execution_timeout = 900
+nb_merge_streams = True
 
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 3
@@ -63,7 +71,11 @@ PLANS = {
 
 
 def write_generated(app):
-    """What pages include: tables of the benchmarks' records and of the planner."""
+    """Tables of the benchmarks' records and of the planner, which pages include; the notebooks."""
+    gallery = DOCS / "gallery"
+    gallery.mkdir(exist_ok=True)
+    for notebook in (DOCS.parent / "notebooks").glob("*.ipynb"):
+        shutil.copy2(notebook, gallery)
     folder = DOCS / "_generated"
     benchmark_tables.write(folder)
     for name, (mesh, dtype) in PLANS.items():

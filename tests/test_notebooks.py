@@ -1,13 +1,11 @@
-"""The notebooks are their text, share their model, and run from top to bottom."""
+"""The notebooks are their text and share their model; the manual runs them."""
 
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import jupytext
-import nbclient
 import pytest
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
@@ -63,18 +61,3 @@ def test_all_have_the_same_model():
         if "A small transformer" in (text := (FOLDER / f"{name}.py").read_text())
     ]
     assert len(parts) == 3 and len({part and part[0].strip() for part in parts}) == 1
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-def test_runs(name, tmp_path, monkeypatch):
-    # Its own flags, not those of the tests.
-    monkeypatch.setenv("XLA_FLAGS", "")
-    monkeypatch.setenv("MPLBACKEND", "agg")
-    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
-    notebook = jupytext.read(FOLDER / f"{name}.ipynb")
-    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute(
-        cwd=str(tmp_path), env=dict(os.environ)
-    )
-    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    assert outputs and not any(output.output_type == "error" for output in outputs)
