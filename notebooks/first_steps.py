@@ -16,8 +16,8 @@
 # %% [markdown]
 # # First steps
 #
-# A small transformer trained by AdamW and by SUMO: the loss curves, and what each optimizer holds.
-# Takes about a minute on two cores.
+# This notebook trains a small transformer with AdamW and with SUMO. It shows the loss curves and the
+# size of each optimizer's state. It takes about a minute on two cores.
 
 # %%
 import importlib.util
@@ -34,8 +34,8 @@ if importlib.util.find_spec("sumo_optax") is None:  # on Colab, for example
 # %% [markdown]
 # ## A small transformer
 #
-# It reads bytes and predicts the next one. Its text is what every Python has: the sources of the
-# standard library. This cell is the same in all notebooks that train.
+# The model reads bytes and predicts the next one. The text is Python's standard library, which every
+# Python has. This cell is the same in all notebooks that train.
 
 # %%
 import os
@@ -140,7 +140,8 @@ def smooth(losses, reach=10):
 # %% [markdown]
 # ## Two optimizers
 #
-# SUMO trains the matrices. Embedding, head and norms are AdamW's in both runs, at the same rate.
+# SUMO trains the matrices. AdamW trains the embedding, the head and the norms in both runs, with the
+# same learning rate.
 
 # %%
 STEPS = 300
@@ -153,7 +154,7 @@ sumo = optax.chain(
 )
 
 # %% [markdown]
-# ## What they will hold
+# ## The size of each state
 #
 # `describe` shows which leaves are matrices, before anything is made.
 
@@ -188,5 +189,5 @@ axes.legend(frameon=False)
 plt.show()
 
 # %% [markdown]
-# One seed of one very small model: enough to see that it trains, not to compare optimizers. Next:
-# `tuning` for the rank, `why_exact` for what is inside the moments.
+# One run of one very small model shows that training works. It does not compare the optimizers. The
+# notebook `tuning` varies the rank, and `why_exact` looks inside the moments.

@@ -16,8 +16,8 @@
 # %% [markdown]
 # # On a mesh
 #
-# Eight simulated devices on one CPU: where parameters and optimizer state lie, and what an update
-# sends between devices. Well under a minute.
+# This notebook simulates eight devices on one CPU. It shows where parameters and optimizer state lie,
+# and what an update sends between devices. It takes well under a minute.
 
 # %%
 import importlib.util
@@ -55,7 +55,8 @@ print(mesh)
 # %% [markdown]
 # ## Parameters on the mesh
 #
-# One matrix, its rows over `fsdp`, its columns over `tensor`, and a bias beside it.
+# The model is one matrix and a bias. The mesh axis `fsdp` divides the rows of the matrix, and `tensor`
+# divides its columns.
 
 # %%
 shardings = {
@@ -68,8 +69,8 @@ jax.debug.visualize_array_sharding(params["dense"]["kernel"])
 # %% [markdown]
 # ## The optimizer's state
 #
-# The basis (512 x 64) lies along the columns, the moment (64 x 1024) along the rows. The rank takes
-# the mesh axis that is left, so that each of the eight devices holds an eighth of both.
+# The basis (512 x 64) is divided like the columns of the matrix, and the moment (64 x 1024) like its
+# rows. The other mesh axis divides the rank, so each of the eight devices holds an eighth of both.
 
 # %%
 tx = sumo_optax.sumo(1e-2, rank=64)
@@ -88,7 +89,7 @@ print(
 assert basis.sharding.spec == P("tensor", "fsdp") and moment.sharding.spec == P("tensor", "fsdp")
 
 # %% [markdown]
-# ## A step gives the numbers of one device
+# ## One device computes the same update
 
 # %%
 update = jax.jit(tx.update, out_shardings=(shardings, state_shardings))
@@ -102,11 +103,11 @@ print("relative difference", np.linalg.norm(a - b) / np.linalg.norm(b))
 assert np.linalg.norm(a - b) < 1e-3 * np.linalg.norm(b)
 
 # %% [markdown]
-# ## What is sent
+# ## Communication
 #
-# The collectives in the compiled program, and the largest of them. The matrix itself is 2 MiB: no
-# collective of SUMO is larger than the moment, an eighth of that. Muon's Newton-Schulz steps need
-# much more.
+# This cell counts the collectives in the compiled program and finds the largest one. The matrix has
+# 2 MiB. No collective of SUMO is larger than the moment, which has an eighth of that. Muon's
+# Newton-Schulz steps send much more.
 
 # %%
 COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all)(?:-start)?\(")
@@ -141,9 +142,9 @@ for name, tx in {
 assert sent["AdamW"] == 0 < sent["SUMO, rank 64"] <= moment.nbytes == kernel.nbytes / 8
 
 # %% [markdown]
-# ## How much each device holds
+# ## Memory of each device
 #
-# Without devices, from shapes alone: the planner of `python -m sumo_optax plan`.
+# The planner, `python -m sumo_optax plan`, computes this from shapes alone and needs no devices.
 
 # %%
 command = "-m sumo_optax plan --preset 1b --rank 256 --mesh fsdp=4,tensor=2 --dtype float32"

@@ -16,8 +16,8 @@
 # %% [markdown]
 # # Rank and refresh interval
 #
-# The same small transformer at several ranks, and with several ways to move the basis. Curves side
-# by side, and what `subspace_metrics` says of each. Two minutes or so on two cores.
+# This notebook trains the same small transformer at several ranks and with several ways to move the
+# basis. It plots the loss curves and the metrics of each run. It takes about two minutes on two cores.
 
 # %%
 import importlib.util
@@ -34,8 +34,8 @@ if importlib.util.find_spec("sumo_optax") is None:  # on Colab, for example
 # %% [markdown]
 # ## A small transformer
 #
-# It reads bytes and predicts the next one. Its text is what every Python has: the sources of the
-# standard library. This cell is the same in all notebooks that train.
+# The model reads bytes and predicts the next one. The text is Python's standard library, which every
+# Python has. This cell is the same in all notebooks that train.
 
 # %%
 import os
@@ -175,7 +175,7 @@ def plot(runs, title):
 # %% [markdown]
 # ## The rank
 #
-# The width is 64. State and the cost of a step grow with the rank.
+# The width of the model is 64. The state and the cost of a step grow with the rank.
 
 # %%
 by_rank = {f"rank {rank}": run(rank) for rank in (4, 16, 64)}
@@ -188,7 +188,8 @@ assert by_rank["rank 64"][1] < by_rank["rank 4"][1]
 # %% [markdown]
 # ## How often the basis moves
 #
-# At rank 16: a little way by tracking, or all the way to the dominant subspace of the gradient.
+# At rank 16, tracking moves the basis a little at a time, and a refresh moves it all the way to the
+# dominant subspace of the gradient.
 
 # %%
 periodic = {"basis": "randomized_svd"}
@@ -203,5 +204,5 @@ for name, (_, final, _) in by_interval.items():
     print(f"{name:24} {final:.3f} nats per byte")
 
 # %% [markdown]
-# One seed each: differences of a hundredth say nothing. To choose for your own model, draw these
-# curves for it.
+# Each curve has one seed, so a difference of 0.01 means nothing. Draw these curves for your own model
+# before you choose.

@@ -16,9 +16,10 @@
 # %% [markdown]
 # # Why exact
 #
-# SUMO's step is the polar factor of a small moment: the same directions, all singular values one.
-# Muon approximates it by five Newton-Schulz steps. How good that is depends on the condition number
-# of the moment. Here we train, look at real moments, and measure. About a minute on two cores.
+# SUMO's step is the polar factor of a small moment. It has the same singular vectors as the moment,
+# and all of its singular values are one. Muon approximates the polar factor by five Newton-Schulz
+# steps, and the error depends on the condition number of the moment. This notebook trains a model and
+# measures the error on real moments. It takes about a minute on two cores.
 
 # %%
 import importlib.util
@@ -35,8 +36,8 @@ if importlib.util.find_spec("sumo_optax") is None:  # on Colab, for example
 # %% [markdown]
 # ## A small transformer
 #
-# It reads bytes and predicts the next one. Its text is what every Python has: the sources of the
-# standard library. This cell is the same in all notebooks that train.
+# The model reads bytes and predicts the next one. The text is Python's standard library, which every
+# Python has. This cell is the same in all notebooks that train.
 
 # %%
 import os
@@ -141,7 +142,7 @@ def smooth(losses, reach=10):
 # %% [markdown]
 # ## Moments through training
 #
-# The moment of every matrix, every ten steps.
+# This cell keeps the moment of every matrix at every tenth step.
 
 # %%
 STEPS, RANK, KERNELS = 200, 16, ("qkv", "out", "up", "down")
@@ -185,11 +186,11 @@ right.legend(frameon=False, ncols=2)
 plt.show()
 
 # %% [markdown]
-# ## What five Newton-Schulz steps make of them
+# ## The error of five Newton-Schulz steps
 #
-# The error is relative, $\|O_{NS} - O\| / \|O\|$, against the polar factor by an SVD in float64.
-# Real moments are dots; made ones, with singular values evenly spread on a logarithmic scale, the
-# lines.
+# The relative error is $\|O_{NS} - O\| / \|O\|$, where $O$ is the polar factor from an SVD in float64.
+# The dots are real moments. The lines are artificial moments, whose singular values are evenly spaced
+# on a logarithmic scale.
 
 
 # %%
@@ -238,6 +239,6 @@ axes.legend(frameon=False)
 plt.show()
 
 # %% [markdown]
-# Even at condition number 1 Newton-Schulz is off: its polynomial does not settle at one. What grows
-# with the condition number is another thing: the weakest directions are not brought up to one, so
-# that the step leaves them behind.
+# Newton-Schulz has an error even at condition number 1, because its polynomial does not converge to
+# one. At larger condition numbers the five steps do not bring the weakest directions up to one, so the
+# step is too short in those directions.
