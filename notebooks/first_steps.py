@@ -16,8 +16,8 @@
 # %% [markdown]
 # # First steps
 #
-# This notebook trains a small transformer with AdamW and with SUMO. It shows the loss curves and the
-# size of each optimizer's state. It takes about a minute on two cores.
+# This notebook trains a small transformer with AdamW and with SUMO. It shows the loss curves and
+# the size of each optimizer's state. It takes about a minute on two cores.
 
 # %%
 import importlib.util
@@ -34,8 +34,8 @@ if importlib.util.find_spec("sumo_optax") is None:  # on Colab, for example
 # %% [markdown]
 # ## A small transformer
 #
-# The model reads bytes and predicts the next one. The text is Python's standard library, which every
-# Python has. This cell is the same in all notebooks that train.
+# The model reads bytes and predicts the next one. The text is Python's standard library, which
+# every Python has. This cell is the same in all notebooks that train.
 
 # %%
 import os
@@ -140,8 +140,8 @@ def smooth(losses, reach=10):
 # %% [markdown]
 # ## Two optimizers
 #
-# SUMO trains the matrices. AdamW trains the embedding, the head and the norms in both runs, with the
-# same learning rate.
+# SUMO trains the matrices. AdamW trains the embedding, the head and the norms in both runs, with
+# the same learning rate.
 
 # %%
 STEPS = 300

@@ -16,8 +16,8 @@
 # %% [markdown]
 # # On a mesh
 #
-# This notebook simulates eight devices on one CPU. It shows where parameters and optimizer state lie,
-# and what an update sends between devices. It takes well under a minute.
+# This notebook simulates eight devices on one CPU. It shows where parameters and optimizer state
+# lie, and what an update sends between devices. It takes well under a minute.
 
 # %%
 import importlib.util
@@ -55,8 +55,8 @@ print(mesh)
 # %% [markdown]
 # ## Parameters on the mesh
 #
-# The model is one matrix and a bias. The mesh axis `fsdp` divides the rows of the matrix, and `tensor`
-# divides its columns.
+# The model is one matrix and a bias. The mesh axis `fsdp` divides the rows of the matrix, and
+# `tensor` divides its columns.
 
 # %%
 shardings = {
@@ -69,8 +69,9 @@ jax.debug.visualize_array_sharding(params["dense"]["kernel"])
 # %% [markdown]
 # ## The optimizer's state
 #
-# The basis (512 x 64) is divided like the columns of the matrix, and the moment (64 x 1024) like its
-# rows. The other mesh axis divides the rank, so each of the eight devices holds an eighth of both.
+# The basis (512 x 64) is divided like the columns of the matrix, and the moment (64 x 1024) like
+# its rows. The other mesh axis divides the rank, so each of the eight devices holds an eighth of
+# both.
 
 # %%
 tx = sumo_optax.sumo(1e-2, rank=64)

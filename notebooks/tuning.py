@@ -17,7 +17,8 @@
 # # Rank and refresh interval
 #
 # This notebook trains the same small transformer at several ranks and with several ways to move the
-# basis. It plots the loss curves and the metrics of each run. It takes about two minutes on two cores.
+# basis. It plots the loss curves and the metrics of each run. It takes about two minutes on two
+# cores.
 
 # %%
 import importlib.util
@@ -34,8 +35,8 @@ if importlib.util.find_spec("sumo_optax") is None:  # on Colab, for example
 # %% [markdown]
 # ## A small transformer
 #
-# The model reads bytes and predicts the next one. The text is Python's standard library, which every
-# Python has. This cell is the same in all notebooks that train.
+# The model reads bytes and predicts the next one. The text is Python's standard library, which
+# every Python has. This cell is the same in all notebooks that train.
 
 # %%
 import os
@@ -204,5 +205,5 @@ for name, (_, final, _) in by_interval.items():
     print(f"{name:24} {final:.3f} nats per byte")
 
 # %% [markdown]
-# Each curve has one seed, so a difference of 0.01 means nothing. Draw these curves for your own model
-# before you choose.
+# Each curve has one seed, so a difference of 0.01 means nothing. Draw these curves for your own
+# model before you choose.

@@ -18,8 +18,8 @@
 #
 # SUMO's step is the polar factor of a small moment. It has the same singular vectors as the moment,
 # and all of its singular values are one. Muon approximates the polar factor by five Newton-Schulz
-# steps, and the error depends on the condition number of the moment. This notebook trains a model and
-# measures the error on real moments. It takes about a minute on two cores.
+# steps, and the error depends on the condition number of the moment. This notebook trains a model
+# and measures the error on real moments. It takes about a minute on two cores.
 
 # %%
 import importlib.util
@@ -36,8 +36,8 @@ if importlib.util.find_spec("sumo_optax") is None:  # on Colab, for example
 # %% [markdown]
 # ## A small transformer
 #
-# The model reads bytes and predicts the next one. The text is Python's standard library, which every
-# Python has. This cell is the same in all notebooks that train.
+# The model reads bytes and predicts the next one. The text is Python's standard library, which
+# every Python has. This cell is the same in all notebooks that train.
 
 # %%
 import os
@@ -188,9 +188,9 @@ plt.show()
 # %% [markdown]
 # ## The error of five Newton-Schulz steps
 #
-# The relative error is $\|O_{NS} - O\| / \|O\|$, where $O$ is the polar factor from an SVD in float64.
-# The dots are real moments. The lines are artificial moments, whose singular values are evenly spaced
-# on a logarithmic scale.
+# The relative error is $\|O_{NS} - O\| / \|O\|$, where $O$ is the polar factor from an SVD in
+# float64. The dots are real moments. The lines are artificial moments, whose singular values are
+# evenly spaced on a logarithmic scale.
 
 
 # %%
@@ -240,5 +240,5 @@ plt.show()
 
 # %% [markdown]
 # Newton-Schulz has an error even at condition number 1, because its polynomial does not converge to
-# one. At larger condition numbers the five steps do not bring the weakest directions up to one, so the
-# step is too short in those directions.
+# one. At larger condition numbers the five steps do not bring the weakest directions up to one, so
+# the step is too short in those directions.
