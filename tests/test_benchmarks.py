@@ -84,14 +84,14 @@ def test_tuning_compares_seed_by_seed(tmp_path, monkeypatch):
     def trained(out, argv):
         made.append(argv)
         seed = int(argv[argv.index("--seed") + 1])
-        return {"validation_loss": 1.5 + seed / 10 + 0.01 * (1 + seed) * ("--set" in argv)}
+        return {"validation_loss": 1.5 + seed / 10 + 0.01 * (1 + seed) * ("nesterov=False" in argv)}
 
     monkeypatch.setattr(convergence, "trained", trained)
     with contextlib.redirect_stdout(io.StringIO()) as out:
         tuning.main(["--only", tuning.BASE, "no Nesterov"])
         tuning.main(["--draw"])
     assert len(made) == 4, "drawing trains nothing"
-    changed = ["--refresh-every", "1", "--set", "nesterov=False"]
+    changed = ["--refresh-every", "1", "--set", "nesterov=False", "--set", "consistent_rms=0.2"]
     assert made[-1] == ["--learning-rate", "0.015", "--seed", "1", *changed]
     assert out.getvalue().count("| no Nesterov | 1.5650 | +0.0150 | +0.0100, +0.0200 |") == 2
     with pytest.raises(SystemExit, match="no variant 'sgd'"):
