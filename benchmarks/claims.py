@@ -33,7 +33,10 @@ import sweep
 
 PUBLISHED = "sumo as published"
 RATES = {"sumo": 1.5e-2, PUBLISHED: 1e-2}  # the convergence study's best
-ALGORITHMS = {name: optimizers.parse(convergence.STUDY[name].settings.split()) for name in RATES}
+ALGORITHMS = {
+    name: optimizers.parse(sweep.settings("sumo", convergence.STUDY[name].settings)[1:])
+    for name in RATES
+}
 
 
 @dataclasses.dataclass(frozen=True)

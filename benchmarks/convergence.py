@@ -109,8 +109,7 @@ def arguments(config: Config, name: str, rate: float, seed: int) -> list[str]:
     argv = ["--optimizer", entry.optimizer, "--learning-rate", f"{rate:g}", "--seed", str(seed)]
     if entry.rank:
         argv += ["--rank", str(entry.rank)]
-    if entry.settings:
-        argv += ["--set", *entry.settings.split()]
+    argv += sweep.settings(entry.optimizer, entry.settings)
     return argv + (QUICK if config.quick else [])
 
 

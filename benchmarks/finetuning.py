@@ -87,9 +87,7 @@ def arguments(config: Config, task: str, name: str, rate: float, seed: int) -> l
         argv += ["--data", str(config.data / task.upper())]
     if entry.rank:
         argv += ["--rank", str(entry.rank)]
-    if entry.settings:
-        argv += ["--set", *entry.settings.split()]
-    return argv
+    return argv + sweep.settings(entry.optimizer, entry.settings)
 
 
 def run(config: Config, task: str, name: str, rate: float, seed: int) -> dict[str, Any]:

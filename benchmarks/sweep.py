@@ -15,6 +15,18 @@ import training
 
 Key = tuple[Any, ...]
 
+# The scales of the recorded runs, and so of their rates; the defaults of today are larger.
+SCALES = {
+    "sumo": "consistent_rms=0.2",
+    "mofasgd": "consistent_rms=0.2",
+}
+
+
+def settings(optimizer: str, *others: str) -> list[str]:
+    """The arguments of an example that set a recorded run's scale, and all others."""
+    given = [SCALES.get(optimizer, ""), *others]
+    return ["--set", *" ".join(given).split()] if any(given) else []
+
 
 class Record:
     """The runs in a file of benchmarks/results, each known by the values of some of its columns.

@@ -67,7 +67,7 @@ RUNS = sweep.Record("tuning", ("variant", "learning_rate", "seed"))
 def run(config: Config, name: str, rate: float, seed: int) -> dict[str, Any]:
     """One training run."""
     argv = ["--learning-rate", f"{rate:g}", "--seed", str(seed)]
-    argv += [*config.pretrain.split(), *VARIANTS[name].split()]
+    argv += [*config.pretrain.split(), *VARIANTS[name].split(), *sweep.settings("sumo")]
     return convergence.trained(config.runs / f"{list(VARIANTS).index(name)}-{seed}", argv)
 
 

@@ -9,6 +9,7 @@ import claims
 import compiled
 import convergence
 import finetuning
+import frontier
 import record
 import tuning
 
@@ -70,6 +71,7 @@ STUDIES = {
     "compiled": compiled,
     "convergence": convergence,
     "finetuning": finetuning,
+    "frontier": frontier,
     "tuning": tuning,
 }
 

@@ -45,9 +45,9 @@ import sumo_optax
 # name: learning rate, and that of the Adam for leaves that are no matrices. As swept
 # for all-MiniLM-L6-v2 by benchmarks/finetuning.py; online_subspace_descent and muon guessed.
 LEARNING_RATES = {
-    "sumo": (2e-3, 1e-4),
+    "sumo": (4e-4, 1e-4),
     "online_subspace_descent": (1e-3, 1e-4),
-    "mofasgd": (1e-3, 1e-4),
+    "mofasgd": (4e-4, 1e-4),
     "galore": (2e-3, 1e-4),
     "muon": (1e-3, 1e-4),
     "adamw": (1e-4, 1e-4),

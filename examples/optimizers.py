@@ -21,9 +21,9 @@ MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "dow
 # name: learning rate, and that of the Adam for leaves that are no matrices; the first was swept for
 # `tiny` by benchmarks/convergence.py.
 LEARNING_RATES = {
-    "sumo": (1.5e-2, 5e-3),
+    "sumo": (3e-3, 5e-3),
     "online_subspace_descent": (5e-3, 5e-3),
-    "mofasgd": (7e-3, 5e-3),
+    "mofasgd": (3e-3, 5e-3),
     "galore": (5e-3, 5e-3),
     "muon": (2e-2, 5e-3),
     "adamw": (3e-3, 3e-3),
@@ -141,7 +141,11 @@ def galore(learning_rate, *, rank, refresh_every=200, adam_learning_rate, weight
     )
 
 
-OPTAX = {"galore": galore, "muon": muon, "adamw": adamw}
+OPTAX: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "galore": galore,
+    "muon": muon,
+    "adamw": adamw,
+}
 
 
 def find(name: str) -> Callable[..., optax.GradientTransformation]:

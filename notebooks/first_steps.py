@@ -149,7 +149,7 @@ adamw = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule(3e-3, S
 sumo = optax.chain(
     optax.clip_by_global_norm(1.0),
     sumo_optax.sumo(
-        schedule(1.5e-2, STEPS), rank=WIDTH // 4, adam_learning_rate=schedule(3e-3, STEPS)
+        schedule(3e-3, STEPS), rank=WIDTH // 4, adam_learning_rate=schedule(3e-3, STEPS)
     ),
 )
 

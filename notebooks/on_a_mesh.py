@@ -74,7 +74,7 @@ jax.debug.visualize_array_sharding(params["dense"]["kernel"])
 # both.
 
 # %%
-tx = sumo_optax.sumo(1e-2, rank=64)
+tx = sumo_optax.sumo(3e-3, rank=64)
 state_shardings = sumo_optax.state_shardings(tx, params, shardings)
 # Waited for: programs that wait for each other on simulated devices need a thread each.
 state = jax.block_until_ready(jax.jit(tx.init, out_shardings=state_shardings)(params))
@@ -132,7 +132,7 @@ def collectives(tx):
 sent = {}
 for name, tx in {
     "AdamW": optax.adamw(1e-3),
-    "SUMO, rank 64": sumo_optax.sumo(1e-2, rank=64),
+    "SUMO, rank 64": sumo_optax.sumo(3e-3, rank=64),
     "Muon": optax.contrib.muon(1e-2),
 }.items():
     sizes = collectives(tx)

@@ -148,7 +148,7 @@ def smooth(losses, reach=10):
 STEPS, RANK, KERNELS = 200, 16, ("qkv", "out", "up", "down")
 tx = optax.chain(
     optax.clip_by_global_norm(1.0),
-    sumo_optax.sumo(schedule(1.5e-2, STEPS), RANK, adam_learning_rate=schedule(3e-3, STEPS)),
+    sumo_optax.sumo(schedule(3e-3, STEPS), RANK, adam_learning_rate=schedule(3e-3, STEPS)),
 )
 seen = []
 

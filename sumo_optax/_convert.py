@@ -111,7 +111,7 @@ def convert_state(
     Examples:
       >>> import jax.numpy as jnp, optax, sumo_optax
       >>> params = {"dense": {"kernel": jnp.ones((16, 8)), "bias": jnp.ones(8)}}
-      >>> adamw, tx = optax.adamw(1e-3), sumo_optax.sumo(1e-2, rank=4)
+      >>> adamw, tx = optax.adamw(1e-3), sumo_optax.sumo(3e-3, rank=4)
       >>> _, state = adamw.update(params, adamw.init(params), params)
       >>> state = sumo_optax.convert_state(state, tx, params)
       >>> state[0].moment["dense"]["kernel"].shape

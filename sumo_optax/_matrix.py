@@ -3,6 +3,7 @@
 The only file that knows of leaves that are no matrices.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -131,6 +132,8 @@ def matrix_transformation(
         members = [(paths[i], leaves[i], views[i]) for i in matrices]
         largest = lambda arrays: rule.packed * max(x.size for x in arrays)
         sizes = [largest(arrays) for arrays in zip(*columns, strict=True)]
+        if rule.whole:
+            sizes = [math.prod(leaf.shape) for _, leaf, _ in members]
         phases = _phases(weight_dimension_numbers, shapes) if rule.stagger else {}
         for group in groups_of(rule, members, sizes, phases):
             views_of_group, leaves_of_group = of(views, group), of(leaves, group)

@@ -152,7 +152,7 @@ def with_subspace_metrics(
     Examples:
       >>> import jax, jax.numpy as jnp, sumo_optax
       >>> params = {"dense": {"kernel": jnp.eye(16, 8)}}
-      >>> tx = sumo_optax.with_subspace_metrics(sumo_optax.sumo(1e-2, rank=4))
+      >>> tx = sumo_optax.with_subspace_metrics(sumo_optax.sumo(3e-3, rank=4))
       >>> state, update = tx.init(params), jax.jit(tx.update)
       >>> for _ in range(3):
       ...     _, state = update(params, state, params)

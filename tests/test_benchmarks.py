@@ -84,18 +84,64 @@ def test_tuning_compares_seed_by_seed(tmp_path, monkeypatch):
     def trained(out, argv):
         made.append(argv)
         seed = int(argv[argv.index("--seed") + 1])
-        return {"validation_loss": 1.5 + seed / 10 + 0.01 * (1 + seed) * ("--set" in argv)}
+        return {"validation_loss": 1.5 + seed / 10 + 0.01 * (1 + seed) * ("nesterov=False" in argv)}
 
     monkeypatch.setattr(convergence, "trained", trained)
     with contextlib.redirect_stdout(io.StringIO()) as out:
         tuning.main(["--only", tuning.BASE, "no Nesterov"])
         tuning.main(["--draw"])
     assert len(made) == 4, "drawing trains nothing"
-    changed = ["--refresh-every", "1", "--set", "nesterov=False"]
+    changed = ["--refresh-every", "1", "--set", "nesterov=False", "--set", "consistent_rms=0.2"]
     assert made[-1] == ["--learning-rate", "0.015", "--seed", "1", *changed]
     assert out.getvalue().count("| no Nesterov | 1.5650 | +0.0150 | +0.0100, +0.0200 |") == 2
     with pytest.raises(SystemExit, match="no variant 'sgd'"):
         tuning.main(["--only", "sgd"])
+
+
+def test_frontier_has_its_edge(tmp_path, monkeypatch):
+    """The least loss for its bytes is on it, at the best of several rates; a run is made once."""
+    import frontier
+    import record
+
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    found = {"adamw": (8, 1.6), "lion": (4, 1.7), "sumo, rank d/4": (1, 1.65)}
+    made = []
+
+    def run(config, text, arguments, name, rate, seed):
+        made.append((name, rate, seed))
+        held, loss = found[name]
+        at_rate = loss + 10 * abs(rate - 5e-3) + seed / 100
+        return {"validation_loss": at_rate, "matrix_bytes": 1000 * held, "numbers": 1000}
+
+    monkeypatch.setattr(frontier, "run", run)
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        frontier.main(["--only", "adamw", "sumo, rank d/4", "--rate", "5e-3", "--seeds", "2"])
+        frontier.main(["--only", *found, "--seeds", "2"])
+        frontier.main(["--draw"])
+    assert len(made) == len(set(made)) == 2 * 5
+    (sumo, lion, adamw) = frontier.summarize()
+    assert [x["edge"] for x in (sumo, lion, adamw)] == ["yes", "", "yes"]
+    assert (adamw["learning_rate"], adamw["loss"]) == (5e-3, pytest.approx(1.605))
+    assert "| adamw | 8.000 | 1.6050 | 0.0100 | 2 | 0.005 | yes |" in out.getvalue()
+    assert (tmp_path / "frontier.svg").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_frontier_trains(tmp_path, monkeypatch):
+    import frontier
+    import record
+
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    names = ["adafactor", "lion, int8", "muon, int4", "adamw", "sumo, whole, rank d/4, int4"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        model = f"--pretrain={MICRO} --steps 4 --batch 2"
+        runs = ["--runs", str(tmp_path / "runs"), "--seeds", "1"]
+        frontier.main(["--only", *names, model, *runs])
+    rows = {x["entry"]: x for x in json.loads((tmp_path / "frontier.json").read_text())["rows"]}
+    assert all(4 < rows[name]["validation_loss"] < 8 for name in names)
+    assert rows["adamw"]["matrix_bytes"] == 8 * rows["adamw"]["numbers"]
+    held = [rows[name]["matrix_bytes"] for name in names]
+    assert held[3] > held[1] > held[4]
 
 
 @pytest.mark.slow

@@ -173,7 +173,7 @@ def test_training_goes_on_from_the_moment(states):
         polar = U[..., :3] @ Vt[..., :3, :]  # the two new directions have nothing to say yet
         D = as_matrix(updates, name)
         D = D if D.shape == M.shape else np.swapaxes(D, -1, -2)
-        expected = -SCHEDULE(4) * 0.2 * M.shape[-2] ** 0.5 * polar
+        expected = -SCHEDULE(4) * M.shape[-2] ** 0.5 * polar
         if M.shape[-1] > 3:
             assert np.linalg.norm(D - expected) < 1e-3 * np.linalg.norm(expected)
         assert_near(moment(after[1][0], name), 0.9 * M)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import convergence
 import finetuning
+import frontier
+import sweep
 import tuning
 
 ROOT = Path(__file__).parents[1]
@@ -14,7 +16,8 @@ ROOT = Path(__file__).parents[1]
 def test_best_rate_of_sumo_over_that_of_adamw():
     best = {row["entry"]: row["learning_rate"] for row in convergence.summarize()}
     words = " ".join((ROOT / "docs/coming_from.md").read_text().split())
-    ratio = best["sumo"] / best["adamw"]
+    scale = float(sweep.SCALES["sumo"].removeprefix("consistent_rms="))  # of the record; 1 today
+    ratio = scale * best["sumo"] / best["adamw"]
     assert f"the best rate for SUMO is {ratio:.1f} times AdamW's best" in words
 
 
@@ -131,6 +134,22 @@ def test_fine_tuning_is_told_as_recorded():
     epoch = {row["entry"]: 114 * row["train_step_ms"] / 1000 for row in steps}
     assert "within 5 % of AdamW's" in words and all(abs(x["over_adamw"] - 1) < 0.05 for x in steps)
     assert told("(AdamW {:.0f} s, SUMO {:.0f} s)", epoch["adamw"], epoch[sumo])
+
+
+def test_the_frontier_is_told_as_recorded():
+    rows = {row["entry"]: row for row in frontier.summarize()}
+    small, half = rows["sumo, whole, rank d/64, int8"], rows["muon, int4"]
+    words = " ".join((ROOT / "docs/which_optimizer.md").read_text().split())
+    share = small["matrix_bytes"] / rows["adamw"]["matrix_bytes"]
+    assert f"in 8 bits its state is {100 * share:.1f} % of AdamW's" in words
+    assert half["bytes"] > 0.5 and small["loss"] < rows["sumo, rank d/4"]["loss"]
+    below = [row["loss"] for row in rows.values() if row["bytes"] < 0.5]
+    above = [row["loss"] for name, row in rows.items() if row["bytes"] > 0.5 and name != "muon"]
+    assert small["loss"] < min(below) + 0.02 and half["loss"] == min(above)
+    assert {row["edge"] for name, row in rows.items() if name.startswith("adamw")} == {""}
+    assert {row["seeds"] for row in rows.values()} == {
+        1
+    } and "one seed and few learning rates" in words
 
 
 def test_every_page_is_in_the_contents():

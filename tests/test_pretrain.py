@@ -674,7 +674,7 @@ def test_settings_add_up(arguments):
 @pytest.mark.parametrize(
     "arguments, defaults",
     [
-        ("", ["0.015", "32", "10 with sumo", "500", "a tenth of the steps"]),
+        ("", ["0.003", "32", "10 with sumo", "500", "a tenth of the steps"]),
         ("--optimizer adamw --preset 60m", ["0.003", "this optimizer has none", "10000"]),
         ("--width 256", ["64"]),
     ],

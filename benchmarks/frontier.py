@@ -1,0 +1,305 @@
+"""Loss over bytes of state: what each optimizer reaches with what it holds for the matrices.
+
+python benchmarks/frontier.py                                 # the preset `tiny`: a day on one core
+python benchmarks/frontier.py --only sumo "muon, int4"        # some
+python benchmarks/frontier.py --data books --text "a folder of books"
+python benchmarks/frontier.py --sweep                         # rates too: twice as long
+python benchmarks/frontier.py --draw                          # table and figure of the record
+
+A run that is in the record is not made again. In few bits, an optimizer of optax is inside of
+`quantize_state`, with all of its state; one of ours has its `state_dtype`, for the matrices alone.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any, Literal
+
+import convergence
+import jax
+import optax
+import optimizers
+import pretrain
+import record
+import sweep
+import tyro
+from matplotlib.figure import Figure
+
+import sumo_optax
+
+RUNS = sweep.Record("frontier", ("text", "arguments", "entry", "learning_rate", "seed"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """An optimizer of examples/optimizers.py or of this file, as it is compared."""
+
+    optimizer: str
+    rate: float
+    settings: str = ""
+    divisor: int | None = None  # the rank is the width over it
+
+    def set(self, setting: str) -> "Entry":
+        return dataclasses.replace(self, settings=f"{self.settings} {setting}".strip())
+
+
+WHOLE = "residual=orthogonal consistent_rms=2"
+IN_FLOATS = {
+    "adamw": Entry("adamw_on_matrices", 3e-3),
+    "lion": Entry("lion", 5e-4),
+    "adafactor": Entry("adafactor", 3e-3),
+    "muon": Entry("muon_in_bits", 3e-2, "beta=0.8"),
+    "galore, rank d/4": Entry("galore", 5e-3, divisor=4),
+    "sumo, rank d/4": Entry("sumo", 3e-3, divisor=4),
+    "sumo, whole, rank d/4": Entry("sumo", 3e-3, WHOLE, 4),
+    "sumo, whole, rank d/16": Entry("sumo", 3e-3, WHOLE, 16),
+    "sumo, whole, rank d/64": Entry("sumo", 3e-3, WHOLE, 64),
+}
+# Of which states in few bits are compared.
+ROUNDED = set(IN_FLOATS) - {"adafactor", "galore, rank d/4"}
+
+
+def study() -> dict[str, Entry]:
+    """By name: each in float32, and its state in few bits."""
+    found = {}
+    for name, entry in IN_FLOATS.items():
+        ours = entry.optimizer == "sumo"
+        found[name] = entry
+        for bits in (8, 4) if name in ROUNDED else ():
+            setting = f"state_dtype=int{bits}" if ours else f"bits={bits}"
+            found[f"{name}, int{bits}"] = entry.set(setting)
+    return found
+
+
+STUDY = study()
+
+
+def few_bits(
+    tx: optax.GradientTransformation, bits: Literal[4, 8] | None
+) -> optax.GradientTransformation:
+    return tx if bits is None else sumo_optax.quantize_state(tx, bits)
+
+
+def on_matrices(tx, adam_learning_rate, weight_decay) -> optax.GradientTransformation:
+    """`tx` for the projections, AdamW for the rest."""
+    label = lambda path, _: "matrix" if optimizers.is_matrix(path) else "adamw"
+    rest = optax.adamw(adam_learning_rate, weight_decay=weight_decay)
+    return optax.partition(
+        {"matrix": tx, "adamw": rest}, lambda params: jax.tree.map_with_path(label, params)
+    )
+
+
+def adamw(learning_rate, *, adam_learning_rate, weight_decay, bits=None):
+    tx = optax.adamw(learning_rate, weight_decay=weight_decay)
+    return few_bits(on_matrices(tx, adam_learning_rate, weight_decay), bits)
+
+
+def lion(learning_rate, *, adam_learning_rate, weight_decay, bits=None):
+    tx = optax.lion(learning_rate, weight_decay=weight_decay)
+    return few_bits(on_matrices(tx, adam_learning_rate, weight_decay), bits)
+
+
+def adafactor(learning_rate, *, adam_learning_rate, weight_decay):
+    tx = optax.adafactor(
+        learning_rate,
+        min_dim_size_to_factor=32,
+        multiply_by_parameter_scale=False,
+        weight_decay_rate=weight_decay or None,
+    )
+    return on_matrices(tx, adam_learning_rate, weight_decay)
+
+
+def muon(learning_rate, *, beta, adam_learning_rate, weight_decay, bits=None):
+    tx = optimizers.muon(
+        learning_rate,
+        beta=beta,
+        adam_learning_rate=adam_learning_rate,
+        weight_decay=weight_decay,
+    )
+    return few_bits(tx, bits)
+
+
+def register() -> None:
+    """Makes examples/pretrain.py know what is compared."""
+    others = {
+        "adamw_on_matrices": adamw,
+        "lion": lion,
+        "adafactor": adafactor,
+        "muon_in_bits": muon,
+    }
+    optimizers.OPTAX.update(others)
+    optimizers.LEARNING_RATES.update(dict.fromkeys(others, (math.nan, 5e-3)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Trains the preset `tiny` with every optimizer, in float32 and in few bits."""
+
+    only: tuple[str, ...] = tuple(STUDY)
+    """Which of the study's."""
+    data: str | None = None
+    """A text file or a folder, by default Python's standard library."""
+    text: str = "Python's standard library"
+    """What the record calls it."""
+    pretrain: str = ""
+    """More arguments of examples/pretrain.py, as in --pretrain="--width 64"."""
+    seeds: int = 3
+    """How many, from 0."""
+    sweep: bool = False
+    """Walk to each one's best learning rate; otherwise all have the rates of this file."""
+    rate: float | None = None
+    """A rate for all that are named by --only, in place of that."""
+    draw: bool = False
+    """Train nothing: the table and the figure of what is recorded."""
+    runs: Path = Path("runs/frontier")
+    """Where the runs are kept."""
+
+
+def run(
+    config: Config, text: str, arguments: str, name: str, rate: float, seed: int
+) -> dict[str, Any]:
+    """One training run, and what its optimizer holds for the matrices."""
+    entry = STUDY[name]
+    argv = ["--optimizer", entry.optimizer, "--learning-rate", f"{rate:g}", "--seed", str(seed)]
+    argv += ["--adam-learning-rate", "5e-3", *arguments.split()]
+    argv += ["--data", config.data] if config.data else []
+    argv += ["--set", *entry.settings.split()] if entry.settings else []
+    if entry.divisor:
+        width = pretrain.parse(argv).model.width
+        argv += ["--rank", str(max(1, width // entry.divisor))]
+    out = config.runs / f"{list(STUDY).index(name)}-{rate:g}-{seed}"
+    made = convergence.trained(out, argv)
+    prepared = pretrain.prepare(pretrain.parse(["--out", str(out), "--overwrite", *argv]))
+    leaves = sumo_optax.describe(prepared.tx, prepared.run.state.params).leaves
+    matrices = [x for x in leaves if x.path.split("/")[-2] in optimizers.MATRICES]
+    return made | {
+        "steps": prepared.config.training.steps,
+        "numbers": sum(math.prod(x.shape) for x in matrices),
+        "matrix_bytes": sum(x.state_bytes for x in matrices),
+    }
+
+
+def loss(config: Config, name: str, rate: float, seed: int = 0) -> float:
+    """The final validation loss of a run."""
+    key = config.text, config.pretrain, name, rate, seed
+    final = RUNS.get(*key, make=functools.partial(run, config))["validation_loss"]
+    return final if math.isfinite(final) else math.inf
+
+
+def make(config: Config) -> None:
+    """Makes all runs that are missing, a seed after the other."""
+    register()
+    rates = {}
+    for seed, name in itertools.product(range(config.seeds), config.only):
+        if name not in STUDY:
+            raise SystemExit(f"error: no entry {name!r}; there are {', '.join(STUDY)}")
+        if name not in rates:
+            at = functools.partial(loss, config, name)
+            guess = config.rate or STUDY[name].rate
+            walk = functools.partial(sweep.best_rate, at, guess, convergence.RATES, above=1)
+            rates[name] = walk() if config.sweep else guess
+        loss(config, name, rates[name], seed)
+
+
+def summarize() -> list[dict[str, Any]]:
+    """A row for each text, model and entry, at its best rate: the least state first."""
+    found: dict[Any, dict[float, list[dict[str, Any]]]] = {}
+    for (*key, rate, _), row in RUNS.rows().items():
+        found.setdefault(tuple(key), {}).setdefault(rate, []).append(row)
+    rows = []
+    for (text, arguments, name), by_rate in found.items():
+        most = max(map(len, by_rate.values()))
+        of = {
+            rate: [x["validation_loss"] for x in runs]
+            for rate, runs in by_rate.items()
+            if len(runs) == most
+        }
+        rate = min(of, key=lambda rate: mean(of[rate]))
+        held = by_rate[rate][0]
+        row = {
+            "text": text,
+            "arguments": arguments,
+            "entry": name,
+            "learning_rate": rate,
+            "loss": mean(of[rate]),
+            "spread": max(of[rate]) - min(of[rate]),
+            "seeds": most,
+            "matrix_bytes": held["matrix_bytes"],
+            "bytes": held["matrix_bytes"] / held["numbers"],
+        }
+        rows.append(row)
+    rows.sort(key=lambda row: row["bytes"])
+    return [row | {"edge": "yes" if is_on_edge(row, rows) else ""} for row in rows]
+
+
+def is_on_edge(row: dict[str, Any], rows: list[dict[str, Any]]) -> bool:
+    """Whether all that hold no more have a higher loss."""
+    alike = [x for x in rows if (x["text"], x["arguments"]) == (row["text"], row["arguments"])]
+    return all(x is row or x["bytes"] > row["bytes"] or x["loss"] > row["loss"] for x in alike)
+
+
+def studies(rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """The rows of each text and model."""
+    keys = dict.fromkeys((row["text"], row["arguments"]) for row in rows)
+    return {key: [x for x in rows if (x["text"], x["arguments"]) == key] for key in keys}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """A table for each text and model."""
+    columns = {
+        "optimizer": "{entry}",
+        "bytes a parameter": "{bytes:.3f}",
+        "validation loss": "{loss:.4f}",
+        "spread": "{spread:.4f}",
+        "seeds": "{seeds}",
+        "learning rate": "{learning_rate:g}",
+        "least for its bytes": "{edge}",
+    }
+    parts = []
+    for (text, arguments), of_study in studies(rows).items():
+        title = f"{text}, `{arguments}`" if arguments else text
+        parts.append(f"**{title}**\n\n{record.table(of_study, columns)}")
+    return "\n\n".join(parts)
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Loss over bytes, a line for each optimizer from float32 to 4 bits, and the edge below all."""
+    parts = studies(rows)
+    figure = Figure(figsize=(9, 4.5 * len(parts)), layout="constrained")
+    for axes, ((text, _), of_study) in zip(
+        figure.subplots(len(parts), squeeze=False)[:, 0], parts.items(), strict=True
+    ):
+        for name in IN_FLOATS:
+            line = [x for x in of_study if x["entry"].split(", int")[0] == name]
+            columns = [x["bytes"] for x in line], [x["loss"] for x in line]
+            if line:
+                axes.plot(*columns, "o-", markersize=5, label=name)
+        edge = [x for x in of_study if x["edge"]]
+        columns = [x["bytes"] for x in edge], [x["loss"] for x in edge]
+        axes.step(*columns, where="post", color="gray", lw=1, ls=":")
+        for x in edge:
+            at = {"xytext": (4, -10), "textcoords": "offset points", "fontsize": 7}
+            axes.annotate(x["entry"], (x["bytes"], x["loss"]), color="gray", **at)
+        axes.set(xscale="log", title=text, ylabel="validation loss, nats per byte")
+        axes.set(xlabel="bytes of state for each parameter of a matrix")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    config = tyro.cli(Config, args=argv, config=(tyro.conf.FlagCreatePairsOff,))
+    if not config.draw:
+        make(config)
+    rows = summarize()
+    draw(rows, record.RESULTS / "frontier.svg")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
