@@ -29,7 +29,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import record
-import run_folder
+from common import run_folder
 
 ROOT = Path(__file__).parents[1]
 

@@ -24,9 +24,9 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import finetune
-import glue
 import record
 import sweep
+from common import glue
 
 RATES = [float(f"{digit}e{power}") for power in range(-5, 0) for digit in (1, 2, 5)]
 SEEDS = range(5)

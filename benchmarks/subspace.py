@@ -18,9 +18,9 @@ import tyro
 import sumo_optax
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-import optimizers
 import pretrain
 import record
+from common import optimizers
 
 # Of the matrices, twice the best and so harder to follow; of the other leaves.
 RATES = 1e-2, 5e-3

@@ -20,25 +20,17 @@ from typing import Annotated, Any, NamedTuple
 # LAPACK's threads and XLA's wait for each other; must be said before LAPACK is loaded.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-import bert
-import command_line
-import glue
-import hub
 import jax
 import jax.numpy as jnp
-import loggers
-import lora
 import numpy as np
 import optax
-import optimizers
-import run_folder
 import tokenizers
-import training
 import tyro
+from common import bert, command_line, glue, hub, loggers, lora, optimizers, run_folder, training
+from common.options import SETTINGS, RunOptions, optional
+from common.plot import plot_losses
+from common.training import State
 from flax import nnx
-from options import SETTINGS, RunOptions, optional
-from plot import plot_losses
-from training import State
 
 import sumo_optax
 

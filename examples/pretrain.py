@@ -19,25 +19,18 @@ from typing import Annotated, Any, NamedTuple
 # LAPACK's threads and XLA's wait for each other; must be said before LAPACK is loaded.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-import command_line
 import jax
 import jax.numpy as jnp
-import loggers
-import mesh
 import numpy as np
 import optax
-import optimizers
-import processes
-import run_folder
-import text
-import training
 import tyro
+from common import command_line, loggers, mesh, optimizers, processes, run_folder, text, training
+from common.llama import PRESETS, Llama, LlamaConfig
+from common.options import SETTINGS, RunOptions, optional
+from common.plot import plot_losses, plot_subspace
+from common.training import State
 from flax import nnx
 from jax.typing import ArrayLike
-from llama import PRESETS, Llama, LlamaConfig
-from options import SETTINGS, RunOptions, optional
-from plot import plot_losses, plot_subspace
-from training import State
 
 import sumo_optax
 

@@ -3,17 +3,14 @@
 import json
 from pathlib import Path
 
-import bert
 import finetune
-import glue
 import jax
 import jax.numpy as jnp
-import lora
 import numpy as np
 import pytest
-import run_folder
 import safetensors.numpy
 import tokenizers
+from common import bert, glue, lora, run_folder
 from flax import nnx
 from scipy.special import erf
 

@@ -8,11 +8,8 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import llama
-import mesh
-import optimizers
 import pytest
-import tokens
+from common import llama, mesh, optimizers, tokens
 from flax import nnx
 
 import sumo_optax

@@ -13,20 +13,13 @@ import time
 import types
 from pathlib import Path
 
-import hub
 import jax
 import jax.numpy as jnp
-import llama
-import loggers
 import numpy as np
-import optimizers
-import options
 import orbax.checkpoint as ocp
 import pretrain
-import processes
 import pytest
-import text
-import tokens
+from common import hub, llama, loggers, optimizers, options, processes, text, tokens
 from flax import nnx
 
 import sumo_optax

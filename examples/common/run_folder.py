@@ -17,7 +17,7 @@ import grain
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-import processes
+from common import processes
 
 import sumo_optax
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import processes
-from options import RunOptions
+from common import processes
+from common.options import RunOptions
 
 # Takes rows of metrics, each with its `step`.
 Log = Callable[[list[dict[str, Any]]], None]

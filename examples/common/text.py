@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import TypeVar
 
 import grain
-import hub
 import numpy as np
-import tokens
-from tokens import BpeTokenizer, Tokenizer
+from common import hub, tokens
+from common.tokens import BpeTokenizer, Tokenizer
 
 # What is in the library's folder but is not the library.
 SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}

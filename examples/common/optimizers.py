@@ -11,8 +11,8 @@ import jax
 import numpy as np
 import optax
 import tyro
-from command_line import choose
-from options import optional
+from common.command_line import choose
+from common.options import optional
 
 import sumo_optax
 

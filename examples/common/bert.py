@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
+from common.linear import Linear
 from flax import nnx
-from linear import Linear
 
 Rngs = nnx.Rngs | None
 

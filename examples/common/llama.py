@@ -7,8 +7,8 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from common.linear import Linear
 from flax import nnx
-from linear import Linear
 
 
 @dataclasses.dataclass(frozen=True)

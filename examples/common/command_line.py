@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
-import training
+from common import training
 
 Config = TypeVar("Config")
 Prepared = TypeVar("Prepared")

@@ -9,7 +9,7 @@ from typing import Any
 
 import grain
 import numpy as np
-from tokens import Tokenizer
+from common.tokens import Tokenizer
 
 # Data sets that want a configuration, and the one of the GaLore protocol.
 CONFIGS = {"allenai/c4": "en"}

@@ -6,10 +6,9 @@ from typing import Any, NamedTuple
 
 import grain
 import grain.experimental
-import hub
 import numpy as np
-import text
 import tokenizers
+from common import hub, text
 from scipy import stats
 from sklearn import metrics
 

@@ -12,11 +12,9 @@ from typing import Any, NamedTuple
 import grain
 import jax
 import numpy as np
-import processes
-import run_folder
-import stopping
+from common import processes, run_folder, stopping
+from common.loggers import Log
 from jax.typing import ArrayLike
-from loggers import Log
 from tqdm import tqdm
 
 # Steps between two looks at the loss.

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optimizers
+from common import optimizers
 from flax import traverse_util
 
 # Trained whole, since they start at random.
