@@ -96,10 +96,9 @@ def run(config: Config, task: str, name: str, rate: float, seed: int) -> dict[st
     """One training run."""
     out = config.runs / task / f"{name.replace(', ', '-').replace(' ', '-')}-{rate:g}-{seed}"
     summary = sweep.train(finetune, out, arguments(config, task, name, rate, seed))
-    last = summary["epochs"][-1]
     return {
-        "score": last[glue.find(task).metrics[0]],
-        "validation_loss": last["validation_loss"],
+        "score": summary[glue.TASKS[task].metrics[0]],
+        "validation_loss": summary["validation_loss"],
         "state_bytes": summary["state_bytes"],
     }
 
@@ -130,7 +129,7 @@ def timed(config: Config, name: str) -> dict[str, Any]:
     """A training step of an entry, and all memory that it takes."""
     argv = arguments(config, SWEPT_TASK, name, STUDY[name].rate, seed=0)
     argv += ["--out", str(config.runs / "timed"), "--overwrite"]
-    run = finetune.prepare(finetune.parse(argv)).run
+    run = finetune.prepare(finetune.parse(argv))
     lazy: Any = run.compile()
     step = lazy.lower(1, run.state, next(run.batches)).compile()
     memory = step.memory_analysis()

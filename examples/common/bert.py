@@ -1,65 +1,50 @@
 """A BERT encoder with a classifier in Flax NNX, and its weights from a Hugging Face folder.
 
-Shapes stand in names: B batch, L length, D width, F hidden width, H heads, K width of a head.
-Dropout is on hidden states alone, attention has none of its own.
+Shapes stand in names: B batch, L length, D width. Dropout is on hidden states alone, attention has
+none of its own.
 """
 
-import dataclasses
 import functools
 import json
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
-from common.linear import Linear
+from common.layers import Attention, Linear
 from flax import nnx
 
 Rngs = nnx.Rngs | None
 
 
-@dataclasses.dataclass(frozen=True)
-class BertConfig:
-    """The shape of a model."""
+class BertConfig(NamedTuple):
+    """The shape of a model, as a Hugging Face config.json has it."""
 
-    vocab: int
-    width: int
-    hidden: int
-    heads: int
-    layers: int
-    positions: int
-    types: int
-    epsilon: float
-    dropout: float
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_hidden_layers: int
+    max_position_embeddings: int
+    type_vocab_size: int
+    layer_norm_eps: float
+    hidden_dropout_prob: float
 
 
-# Names in a Hugging Face config.json.
-SHAPE = {
-    "vocab": "vocab_size",
-    "width": "hidden_size",
-    "hidden": "intermediate_size",
-    "heads": "num_attention_heads",
-    "layers": "num_hidden_layers",
-    "positions": "max_position_embeddings",
-    "types": "type_vocab_size",
-    "epsilon": "layer_norm_eps",
-    "dropout": "hidden_dropout_prob",
-}
-# What else must be so, and is where nothing is said of it.
+# What else must be so in a config.json, and is where nothing is said of it.
 KIND = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute"}
 
 # Names in a Hugging Face model.safetensors.
-EMBEDDINGS = {
+NAMES = {
     "word_embeddings": "embeddings.word_embeddings",
     "position_embeddings": "embeddings.position_embeddings",
     "type_embeddings": "embeddings.token_type_embeddings",
     "embeddings_norm": "embeddings.LayerNorm",
     "pooler": "pooler.dense",
-}
-LAYER = {
     "q_proj": "attention.self.query",
     "k_proj": "attention.self.key",
     "v_proj": "attention.self.value",
@@ -69,35 +54,16 @@ LAYER = {
     "down_proj": "output.dense",
     "mlp_norm": "output.LayerNorm",
 }
-# Those that a model may be without: they start at random, as the classifier does.
+# Those that a model may be without: they start at random, and LoRA trains them whole.
 HEADS = ("pooler", "classifier")
-
-
-class Attention(nnx.Module):
-    """Self-attention to the tokens that are no padding."""
-
-    def __init__(self, config: BertConfig, rngs: nnx.Rngs):
-        linear = functools.partial(Linear, config.width, config.width, rngs=rngs)
-        self.heads = config.heads
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (linear() for _ in range(4))
-
-    def __call__(self, x_BxLxD: jax.Array, mask_BxL: jax.Array) -> jax.Array:
-        B, L, D = x_BxLxD.shape
-        q, k, v = (
-            project(x_BxLxD).reshape(B, L, self.heads, D // self.heads)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        seen_Bx1x1xL = mask_BxL[:, None, None, :].astype(bool)
-        y_BxLxHxK = jax.nn.dot_product_attention(q, k, v, mask=seen_Bx1x1xL)
-        return self.o_proj(y_BxLxHxK.reshape(B, L, D))
 
 
 class Mlp(nnx.Module):
     """Two matrices and the exact GELU."""
 
     def __init__(self, config: BertConfig, rngs: nnx.Rngs):
-        self.up_proj = Linear(config.width, config.hidden, rngs=rngs)
-        self.down_proj = Linear(config.hidden, config.width, rngs=rngs)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, rngs=rngs)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, rngs=rngs)
 
     def __call__(self, x_BxLxD: jax.Array) -> jax.Array:
         return self.down_proj(jax.nn.gelu(self.up_proj(x_BxLxD), approximate=False))
@@ -107,16 +73,18 @@ class Block(nnx.Module):
     """One layer: attention, then MLP, each added to its input and normalised."""
 
     def __init__(self, config: BertConfig, rngs: nnx.Rngs):
-        norm = functools.partial(nnx.LayerNorm, config.width, epsilon=config.epsilon, rngs=rngs)
-        self.attention = Attention(config, rngs)
+        width = config.hidden_size
+        norm = functools.partial(nnx.LayerNorm, width, epsilon=config.layer_norm_eps, rngs=rngs)
+        self.attention = Attention(width, config.num_attention_heads, use_bias=True, rngs=rngs)
         self.attention_norm = norm()
         self.mlp = Mlp(config, rngs)
         self.mlp_norm = norm()
-        self.dropout = nnx.Dropout(config.dropout)
+        self.dropout = nnx.Dropout(config.hidden_dropout_prob)
 
     def __call__(self, x_BxLxD: jax.Array, mask_BxL: jax.Array, rngs: Rngs) -> jax.Array:
         drop = functools.partial(self.dropout, deterministic=rngs is None, rngs=rngs)
-        x_BxLxD = self.attention_norm(x_BxLxD + drop(self.attention(x_BxLxD, mask_BxL)))
+        seen_Bx1x1xL = mask_BxL[:, None, None, :].astype(bool)
+        x_BxLxD = self.attention_norm(x_BxLxD + drop(self.attention(x_BxLxD, mask=seen_Bx1x1xL)))
         return self.mlp_norm(x_BxLxD + drop(self.mlp(x_BxLxD)))
 
 
@@ -124,17 +92,17 @@ class Bert(nnx.Module):
     """Tokens to the logits of classes, read off the first token; with `rngs`, with dropout."""
 
     def __init__(self, config: BertConfig, classes: int, rngs: nnx.Rngs):
-        embed = functools.partial(nnx.Embed, features=config.width, rngs=rngs)
-        self.word_embeddings = embed(config.vocab)
-        self.position_embeddings = embed(config.positions)
-        self.type_embeddings = embed(config.types)
-        self.embeddings_norm = nnx.LayerNorm(config.width, epsilon=config.epsilon, rngs=rngs)
-        self.layers = nnx.List(Block(config, rngs) for _ in range(config.layers))
-        self.pooler = Linear(config.width, config.width, rngs=rngs)
-        self.classifier = Linear(
-            config.width, classes, kernel_init=nnx.initializers.normal(0.02), rngs=rngs
-        )
-        self.dropout = nnx.Dropout(config.dropout)
+        width = config.hidden_size
+        embed = functools.partial(nnx.Embed, features=width, rngs=rngs)
+        self.word_embeddings = embed(config.vocab_size)
+        self.position_embeddings = embed(config.max_position_embeddings)
+        self.type_embeddings = embed(config.type_vocab_size)
+        self.embeddings_norm = nnx.LayerNorm(width, epsilon=config.layer_norm_eps, rngs=rngs)
+        self.layers = nnx.List(Block(config, rngs) for _ in range(config.num_hidden_layers))
+        self.pooler = Linear(width, width, rngs=rngs)
+        small = nnx.initializers.normal(0.02)
+        self.classifier = Linear(width, classes, kernel_init=small, rngs=rngs)
+        self.dropout = nnx.Dropout(config.hidden_dropout_prob)
 
     def __call__(
         self,
@@ -144,11 +112,8 @@ class Bert(nnx.Module):
         rngs: Rngs = None,
     ) -> jax.Array:
         drop = functools.partial(self.dropout, deterministic=rngs is None, rngs=rngs)
-        x_BxLxD = (
-            self.word_embeddings(tokens_BxL)
-            + self.position_embeddings(jnp.arange(tokens_BxL.shape[1]))
-            + self.type_embeddings(types_BxL)
-        )
+        positions = self.position_embeddings(jnp.arange(tokens_BxL.shape[1]))
+        x_BxLxD = self.word_embeddings(tokens_BxL) + positions + self.type_embeddings(types_BxL)
         x_BxLxD = drop(self.embeddings_norm(x_BxLxD))
         for block in self.layers:
             x_BxLxD = block(x_BxLxD, mask_BxL, rngs)
@@ -159,18 +124,16 @@ def read_config(folder: Path) -> BertConfig:
     """The shape of the model in a Hugging Face folder."""
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text())
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+        config = KIND | json.loads(path.read_text())
+        shape = BertConfig(*(config[name] for name in BertConfig._fields))
+    except KeyError as error:
+        raise ValueError(f"{path} has no {error}: is it that of a BERT?") from None
     except ValueError:
         raise ValueError(f"{path} is not JSON") from None
     for name, value in KIND.items():
-        if config.get(name, value) != value:
+        if config[name] != value:
             raise ValueError(f"{path} has {name} {config[name]!r}; this program takes {value!r}")
-    absent = [name for name in SHAPE.values() if name not in config]
-    if absent:
-        raise ValueError(f"{path} has no {', '.join(absent)}: is it that of a BERT?")
-    return BertConfig(**{ours: config[theirs] for ours, theirs in SHAPE.items()})
+    return shape
 
 
 def read_weights(folder: Path, params: Any) -> dict[str, Any]:
@@ -178,40 +141,25 @@ def read_weights(folder: Path, params: Any) -> dict[str, Any]:
     path = folder / "model.safetensors"
     try:
         stored = safetensors.numpy.load_file(path)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror or 'no such file'}") from None
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is no safetensors file: {error}") from None
-    weights = {current_name(name): value for name, value in stored.items()}
+    # Models with other heads have a prefix, older ones other names of a norm's weights.
+    newer = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+    rename = lambda x: re.sub("LayerNorm.(gamma|beta)$", lambda y: newer[y[0]], x)
+    weights = {rename(name.removeprefix("bert.")): value for name, value in stored.items()}
 
     def read(key_path: jax.tree_util.KeyPath, random: jax.Array) -> jax.Array | np.ndarray:
-        names = [str(getattr(key, "key", key)) for key in key_path]
-        name = their_name(names)
+        *_, module, leaf = keys = [str(getattr(key, "key", key)) for key in key_path]
+        layer = f"encoder.layer.{keys[1]}." if keys[0] == "layers" else ""
+        name = layer + NAMES.get(module, module) + (".bias" if leaf == "bias" else ".weight")
         if name not in weights:
-            if names[0] in HEADS:
+            if keys[0] in HEADS:
                 return random
             raise ValueError(f"{path} has no {name}: is it that of a BERT?")
         value = np.asarray(weights[name], np.float32)
-        value = value.T if names[-1] == "kernel" else value
+        value = value.T if leaf == "kernel" else value
         if value.shape != random.shape:
             raise ValueError(f"{path} has {name} of shape {value.shape}, expected {random.shape}")
         return value
 
     return jax.tree.map_with_path(read, params)
-
-
-def current_name(name: str) -> str:
-    """Without the prefix of models with other heads, and with today's names of a norm's weights."""
-    name = name.removeprefix("bert.")
-    return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace(
-        "LayerNorm.beta", "LayerNorm.bias"
-    )
-
-
-def their_name(names: list[str]) -> str:
-    """The Hugging Face name of one of our parameters, from its path."""
-    *_, module, leaf = names
-    leaf = "bias" if leaf == "bias" else "weight"
-    if names[0] == "layers":
-        return f"encoder.layer.{names[1]}.{LAYER[module]}.{leaf}"
-    return f"{EMBEDDINGS.get(module, module)}.{leaf}"

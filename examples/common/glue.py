@@ -1,63 +1,52 @@
 """The tasks of GLUE: their rows from TSV files or the Hugging Face hub, and their metrics."""
 
+import csv
 import dataclasses
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import datasets
 import grain
-import grain.experimental
 import numpy as np
 import tokenizers
 from common import hub, text
+from grain import experimental
 from scipy import stats
 from sklearn import metrics
 
 HUB = "nyu-mll/glue"
-TRUTH = ("entailment", "not_entailment")
 NUMBERS = ("0", "1")
+PAIR = ("sentence1", "sentence2")
+TRUTH = ("entailment", "not_entailment")
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
     """Where the columns of a task are, and what is reported of it."""
 
-    texts: tuple[str, ...]  # columns of the TSV files
     hub_texts: tuple[str, ...]  # columns on the hub
-    label: str  # column of the TSV files
+    label: str = "label"  # column of the TSV files
     labels: tuple[str, ...] = NUMBERS  # by their number on the hub; none for a score
+    texts: tuple[str, ...] = ()  # columns of the TSV files where they are others
     metrics: tuple[str, ...] = ("accuracy",)  # the first is the task's own
     header: tuple[str, ...] | None = None  # of TSV files that have none
-    validation: tuple[str, str] = ("dev.tsv", "validation")  # TSV file, split on the hub
+    matched: bool = False  # whether its validation rows are those of the domains of training
 
 
-PAIR = ("sentence1", "sentence2")
+F1 = ("f1", "accuracy")
+COLA = ("source", "label", "mark", "sentence")
+NLI = ("entailment", "neutral", "contradiction")
+Name = Literal["cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli"]
 TASKS = {
-    "cola": Task(
-        ("sentence",),
-        ("sentence",),
-        "label",
-        metrics=("matthews",),
-        header=("source", "label", "mark", "sentence"),
-    ),
-    "mnli": Task(
-        PAIR,
-        ("premise", "hypothesis"),
-        "gold_label",
-        ("entailment", "neutral", "contradiction"),
-        validation=("dev_matched.tsv", "validation_matched"),
-    ),
-    "mrpc": Task(("#1 String", "#2 String"), PAIR, "Quality", metrics=("f1", "accuracy")),
-    "qnli": Task(("question", "sentence"), ("question", "sentence"), "label", TRUTH),
-    "qqp": Task(
-        ("question1", "question2"),
-        ("question1", "question2"),
-        "is_duplicate",
-        metrics=("f1", "accuracy"),
-    ),
-    "rte": Task(PAIR, PAIR, "label", TRUTH),
-    "sst2": Task(("sentence",), ("sentence",), "label"),
-    "stsb": Task(PAIR, PAIR, "score", labels=(), metrics=("spearman",)),
-    "wnli": Task(PAIR, PAIR, "label"),
+    "cola": Task(("sentence",), metrics=("matthews",), header=COLA),
+    "mnli": Task(("premise", "hypothesis"), "gold_label", NLI, PAIR, matched=True),
+    "mrpc": Task(PAIR, "Quality", texts=("#1 String", "#2 String"), metrics=F1),
+    "qnli": Task(("question", "sentence"), labels=TRUTH),
+    "qqp": Task(("question1", "question2"), "is_duplicate", metrics=F1),
+    "rte": Task(PAIR, labels=TRUTH),
+    "sst2": Task(("sentence",)),
+    "stsb": Task(PAIR, "score", labels=(), metrics=("spearman",)),
+    "wnli": Task(PAIR),
 }
 
 METRICS = {
@@ -75,66 +64,43 @@ class Rows(NamedTuple):
     labels: np.ndarray
 
 
-def find(name: str) -> Task:
-    """The task of this name."""
-    if name not in TASKS:
-        raise ValueError(f"unknown --task {name!r}; choose among {', '.join(TASKS)}")
-    return TASKS[name]
-
-
 def load(name: str, data: Path | None) -> tuple[Rows, Rows]:
     """Training and validation, from a folder of TSV files or, if there is none given, the hub."""
-    task = find(name)
-    if data is None:
-        return from_hub(HUB, name, "train"), from_hub(HUB, name, task.validation[1])
-    return read_tsv(task, data / "train.tsv"), read_tsv(task, data / task.validation[0])
+    task, matched = TASKS[name], "_matched" if TASKS[name].matched else ""
+    if data is not None:
+        return read_tsv(task, data / "train.tsv"), read_tsv(task, data / f"dev{matched}.tsv")
+    return from_hub(name, "train"), from_hub(name, f"validation{matched}")
 
 
 def read_tsv(task: Task, path: Path) -> Rows:
     """The rows of a TSV file as GLUE has them: no quoting, a byte order mark or none."""
-    try:
-        lines = path.read_text("utf-8-sig").rstrip("\n").split("\n")
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not text in UTF-8") from None
-    header = list(task.header or lines[0].split("\t"))
-    absent = [column for column in (*task.texts, task.label) if column not in header]
-    if absent:
-        raise ValueError(f"{path} has no column {absent[0]!r}, but {', '.join(header)}")
-    columns = [header.index(column) for column in task.texts]
-    start = 0 if task.header else 1
-    texts, labels = [], []
-    for number, line in enumerate(lines[start:], start + 1):
-        fields = line.split("\t")
-        if len(fields) < len(header):
-            raise ValueError(
-                f"{path}, line {number}: {len(fields)} columns, of {len(header)}:"
-                f" {', '.join(header)}"
-            )
-        texts.append(tuple(fields[i] for i in columns))
-        labels.append(number_of(task, fields[header.index(task.label)], f"{path}, line {number}"))
+    columns, texts, labels = task.texts or task.hub_texts, [], []
+    with path.open(encoding="utf-8-sig") as file:
+        rows = csv.DictReader(file, task.header, delimiter="\t", quoting=csv.QUOTE_NONE)
+        try:
+            for row in rows:
+                if None in row.values():
+                    raise ValueError(f"fewer columns than {', '.join(row)}")
+                texts.append(tuple(row[column] for column in columns))
+                label = row[task.label]
+                if task.labels and label not in task.labels:
+                    raise ValueError(f"label {label!r}, not one of {', '.join(task.labels)}")
+                labels.append(task.labels.index(label) if task.labels else float(label))
+        except KeyError as error:
+            there = ", ".join(rows.fieldnames or ())
+            raise ValueError(f"{path} has no column {error}, but {there}") from None
+        except (ValueError, csv.Error) as error:
+            raise ValueError(f"{path}, line {rows.line_num}: {error}") from None
     if not texts:
         raise ValueError(f"{path} has no rows")
     return Rows(texts, np.array(labels, np.int32 if task.labels else np.float32))
 
 
-def number_of(task: Task, label: str, place: str) -> float:
-    """A label's number, or the score that stands there."""
-    try:
-        return task.labels.index(label) if task.labels else float(label)
-    except ValueError:
-        allowed = f"one of {', '.join(task.labels)}" if task.labels else "a number"
-        raise ValueError(f"{place}: the label is {label!r}, and must be {allowed}") from None
-
-
-def from_hub(name: str, config: str, split: str) -> Rows:
+def from_hub(name: str, split: str) -> Rows:
     """The rows of a split on the hub, or of a folder that `load_dataset` can read."""
-    task = find(config)
-    with hub.errors(f"{config} of hf:{name}"):
-        import datasets
-
-        rows = datasets.load_dataset(name, config, split=split)
+    task = TASKS[name]
+    with hub.errors(f"{name} of hf:{HUB}"):
+        rows = datasets.load_dataset(HUB, name, split=split)
         texts = list(zip(*(rows[column] for column in task.hub_texts), strict=True))
         return Rows(texts, np.array(rows["label"], np.int32 if task.labels else np.float32))
 
@@ -162,7 +128,7 @@ class Examples:
         return {name: array[index] for name, array in self.arrays.items()}
 
 
-class ByLength(grain.experimental.FlatMapTransform):
+class ByLength(experimental.FlatMapTransform):
     """A pool of rows as batches of like length, without most of the padding."""
 
     def __init__(self, batch: int, count: int):
@@ -186,7 +152,7 @@ def batches(examples: Examples, *, batch: int, seed: int) -> grain.DatasetIterat
     # Pools of a quarter of all rows at most, so that other rows meet each time round.
     count = max(1, min(8, len(examples) // (4 * batch)))
     pools = text.shuffled(examples, seed).batch(count * batch)
-    return iter(grain.experimental.FlatMapIterDataset(pools, ByLength(batch, count)))
+    return iter(experimental.FlatMapIterDataset(pools, ByLength(batch, count)))
 
 
 def score(task: Task, labels: np.ndarray, logits: np.ndarray) -> dict[str, float]:

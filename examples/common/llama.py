@@ -1,13 +1,16 @@
 """A LLaMA decoder in Flax NNX: RMSNorm, rotary positions, SwiGLU, an untied head and no biases.
 
-Shapes stand in names: B batch, L length, D width, F hidden width, H heads, K width of a head.
+Shapes stand in names: B batch, L length, D width, F hidden width, H heads, K width of a head. A
+kernel starts with standard deviation 1 / sqrt(width): LLaMA's own 0.02 at the widths of LLaMA, but
+0.02 would be far too little for the small models here.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
-from common.linear import Linear
+from common.layers import Attention, Linear
 from flax import nnx
 
 
@@ -64,44 +67,14 @@ def rotate(x_BxLxHxK: jax.Array) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
-class Matrix(Linear):
-    """A dense layer without bias.
-
-    It starts with standard deviation 1 / sqrt(width): LLaMA's own 0.02 at the widths of LLaMA, but
-    0.02 would be far too little for the small models here.
-    """
-
-    def __init__(self, width: int, out_width: int, rngs: nnx.Rngs):
-        super().__init__(width, out_width, use_bias=False, rngs=rngs)
-
-
-class Attention(nnx.Module):
-    """Causal self-attention with rotary positions."""
-
-    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
-        self.heads = config.heads
-        self.q_proj = Matrix(config.width, config.width, rngs)
-        self.k_proj = Matrix(config.width, config.width, rngs)
-        self.v_proj = Matrix(config.width, config.width, rngs)
-        self.o_proj = Matrix(config.width, config.width, rngs)
-
-    def __call__(self, x_BxLxD: jax.Array) -> jax.Array:
-        B, L, D = x_BxLxD.shape
-        q, k, v = (
-            project(x_BxLxD).reshape(B, L, self.heads, D // self.heads)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        y_BxLxHxK = jax.nn.dot_product_attention(rotate(q), rotate(k), v, is_causal=True)
-        return self.o_proj(y_BxLxHxK.reshape(B, L, D))
-
-
 class Mlp(nnx.Module):
     """SwiGLU."""
 
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
-        self.gate_proj = Matrix(config.width, config.hidden, rngs)
-        self.up_proj = Matrix(config.width, config.hidden, rngs)
-        self.down_proj = Matrix(config.hidden, config.width, rngs)
+        matrix = functools.partial(Linear, use_bias=False, rngs=rngs)
+        self.gate_proj = matrix(config.width, config.hidden)
+        self.up_proj = matrix(config.width, config.hidden)
+        self.down_proj = matrix(config.hidden, config.width)
 
     def __call__(self, x_BxLxD: jax.Array) -> jax.Array:
         h_BxLxF = jax.nn.silu(self.gate_proj(x_BxLxD)) * self.up_proj(x_BxLxD)
@@ -113,12 +86,12 @@ class Block(nnx.Module):
 
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
         self.input_layernorm = nnx.RMSNorm(config.width, rngs=rngs)
-        self.self_attn = Attention(config, rngs)
+        self.self_attn = Attention(config.width, config.heads, use_bias=False, rngs=rngs)
         self.post_attention_layernorm = nnx.RMSNorm(config.width, rngs=rngs)
         self.mlp = Mlp(config, rngs)
 
     def __call__(self, x_BxLxD: jax.Array) -> jax.Array:
-        x_BxLxD += self.self_attn(self.input_layernorm(x_BxLxD))
+        x_BxLxD += self.self_attn(self.input_layernorm(x_BxLxD), rotate, is_causal=True)
         x_BxLxD += self.mlp(self.post_attention_layernorm(x_BxLxD))
         return x_BxLxD
 
@@ -130,9 +103,12 @@ class Llama(nnx.Module):
 
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
         self.embed_tokens = nnx.Embed(config.vocab, config.width, rngs=rngs)
-        self.layers = stacked(config, rngs) if config.scan_layers else unrolled(config, rngs)
+        if config.scan_layers:
+            self.layers = stacked(config, rngs)
+        else:
+            self.layers = nnx.List(Block(config, rngs) for _ in range(config.layers))
         self.norm = nnx.RMSNorm(config.width, rngs=rngs)
-        self.lm_head = Matrix(config.width, config.vocab, rngs)
+        self.lm_head = Linear(config.width, config.vocab, use_bias=False, rngs=rngs)
 
     def __call__(self, tokens_BxL: jax.Array) -> jax.Array:
         x_BxLxD = self.embed_tokens(tokens_BxL)
@@ -142,11 +118,6 @@ class Llama(nnx.Module):
             for block in self.layers:
                 x_BxLxD = block(x_BxLxD)
         return self.lm_head(self.norm(x_BxLxD))
-
-
-def unrolled(config: LlamaConfig, rngs: nnx.Rngs) -> nnx.List[Block]:
-    """A list of blocks: each has its own leaves and is compiled by itself."""
-    return nnx.List(Block(config, rngs) for _ in range(config.layers))
 
 
 def stacked(config: LlamaConfig, rngs: nnx.Rngs) -> Block:

@@ -5,18 +5,16 @@ import dataclasses
 import inspect
 import itertools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Annotated, Any
+from typing import Any, Literal
 
 import jax
-import numpy as np
 import optax
 import tyro
-from common.command_line import choose
-from common.options import optional
 
 import sumo_optax
 
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+Name = Literal["sumo", "online_subspace_descent", "mofasgd", "galore", "muon", "adamw"]
 
 # name: learning rate, and that of the Adam for leaves that are no matrices; the first was swept for
 # `tiny` by benchmarks/convergence.py.
@@ -36,44 +34,24 @@ SUBSPACE_GRADIENTS: dict[str, dict[str, Any]] = {
 }
 
 
-NONE = "this optimizer has none"
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Of the optimizer that is chosen; where none is given, its own."""
 
-
-@dataclasses.dataclass(frozen=True)
-class Arguments:
-    """Of the optimizer that is chosen; --help has the defaults of that one."""
-
-    learning_rate: Annotated[float | None, optional("FLOAT", NONE)] = None
-    """Peak of the schedule."""
-    adam_learning_rate: Annotated[float | None, optional("FLOAT", NONE)] = None
+    learning_rate: float | None = None  # Peak of the schedule.
+    adam_learning_rate: float | None = None
     """The same for the Adam that trains embeddings, head, norms and biases."""
-    rank: Annotated[int | float | None, optional("INT|FLOAT", NONE)] = None
+    rank: int | float | None = None
     """Rank of the subspace, or a fraction of each matrix's short side, such as 0.25."""
-    refresh_every: Annotated[int | None, optional("INT", "10 with sumo, 200 with galore")] = None
-    """Steps between two refreshes of the subspace."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay."""
-    set: Annotated[
-        tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]],
-        tyro.conf.arg(metavar="NAME=VALUE ...", help_behavior_hint=""),
-    ] = ()
-    """Any other arguments of the optimizer, such as momentum=0.95 residual=None."""
-
-    def named(self) -> dict[str, Any]:
-        """Those with a flag of their own."""
-        names = (field.name for field in dataclasses.fields(Arguments) if field.name != "set")
-        return {name: getattr(self, name) for name in names}
+    refresh_every: int | None = None  # Steps between two refreshes of the subspace.
+    weight_decay: float | None = None  # Decoupled weight decay, by default none.
+    set: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()
+    """Any other arguments NAME=VALUE of the optimizer, such as momentum=0.95 residual=None."""
 
 
 def schedule(peak: float, steps: int) -> optax.Schedule:
     """A tenth of the steps up to the peak, the others down a cosine to a tenth of it."""
     return optax.warmup_cosine_decay_schedule(0.0, peak, steps // 10, steps, 0.1 * peak)
-
-
-def learning_rates(options: Mapping[str, Any], steps: int) -> list[float]:
-    """Those of all steps."""
-    rates = jax.vmap(schedule(options["learning_rate"], steps))(np.arange(steps))
-    return np.asarray(rates).tolist()
 
 
 def is_matrix(path: jax.tree_util.KeyPath) -> bool:
@@ -89,56 +67,34 @@ def adamw(learning_rate, *, weight_decay):
 
 def muon(learning_rate, *, beta=0.95, adam_learning_rate, weight_decay):
     """Muon for the projections, AdamW for the rest."""
-
-    def dimension_numbers(params):
-        spec = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
-        return jax.tree.map_with_path(lambda path, _: spec if is_matrix(path) else None, params)
-
+    spec = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+    of_leaf = lambda path, _: spec if is_matrix(path) else None
     return optax.contrib.muon(
         learning_rate,
         beta=beta,
         weight_decay=weight_decay,
         adam_learning_rate=adam_learning_rate,
         adam_weight_decay=weight_decay,
-        muon_weight_dimension_numbers=dimension_numbers,
+        muon_weight_dimension_numbers=lambda params: jax.tree.map_with_path(of_leaf, params),
     )
-
-
-def integer(name: str, rank: int | float) -> int:
-    """The rank, for what knows no fractions."""
-    if not isinstance(rank, int):
-        raise ValueError(f"{name} takes an integer as its --rank, got {rank}")
-    return rank
 
 
 def galore(learning_rate, *, rank, refresh_every=200, adam_learning_rate, weight_decay):
     """GaLore for the projections, AdamW for the rest."""
-
-    def labels(params):
-        return jax.tree.map_with_path(label, params)
+    if not isinstance(rank, int):
+        raise ValueError(f"galore of optax takes an integer as its --rank, got {rank}")
 
     def label(path, leaf):
-        if not is_matrix(path):
-            return "adamw"
-        if leaf.ndim != 2:
-            raise ValueError(
-                "galore of optax cannot train stacked blocks; leave out --scan-layers or choose"
-                " another --optimizer"
-            )
-        return "galore"
+        if is_matrix(path) and leaf.ndim != 2:
+            raise ValueError("galore of optax cannot train stacked blocks; leave out --scan-layers")
+        return "galore" if is_matrix(path) else "adamw"
 
-    return optax.partition(
-        {
-            "galore": optax.contrib.galore(
-                learning_rate,
-                rank=integer("galore of optax", rank),
-                update_proj_gap=refresh_every,
-                weight_decay=weight_decay,
-            ),
-            "adamw": optax.adamw(adam_learning_rate, weight_decay=weight_decay),
-        },
-        labels,
+    of_matrices = optax.contrib.galore(
+        learning_rate, rank=rank, update_proj_gap=refresh_every, weight_decay=weight_decay
     )
+    rest = optax.adamw(adam_learning_rate, weight_decay=weight_decay)
+    labels = lambda params: jax.tree.map_with_path(label, params)
+    return optax.partition({"galore": of_matrices, "adamw": rest}, labels)
 
 
 OPTAX = {"galore": galore, "muon": muon, "adamw": adamw}
@@ -146,48 +102,42 @@ OPTAX = {"galore": galore, "muon": muon, "adamw": adamw}
 
 def find(name: str) -> Callable[..., optax.GradientTransformation]:
     """The function that makes the optimizer of this name."""
-    choose("unknown optimizer", name, LEARNING_RATES)
     return OPTAX.get(name) or getattr(sumo_optax, name)
 
 
 def parse(settings: Iterable[str]) -> dict[str, Any]:
     """NAME=VALUE, each value as Python reads it or else as a word."""
-    options = {}
+    found = {}
     for setting in settings:
-        option, equals, value = setting.partition("=")
+        name, equals, value = setting.partition("=")
         if not equals:
             raise ValueError(f"--set needs NAME=VALUE, got {setting!r}")
         try:
-            options[option] = ast.literal_eval(value)
+            found[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            options[option] = value
-    return options
+            found[name] = value
+    return found
 
 
 def complete(
     name: str,
-    given: Arguments,
-    *,
-    rank: int | float,
-    rates: Mapping[str, tuple[float, float]] = LEARNING_RATES,
+    given: Options,
+    rank: int,
     subspace_gradients: bool = False,
+    rates: Mapping[str, tuple[float, float]] = LEARNING_RATES,
 ) -> dict[str, Any]:
     """What is given or set, and defaults for the rest; refuses what the optimizer does not have."""
     accepted = inspect.signature(find(name)).parameters
-    chosen = {option: value for option, value in given.named().items() if value is not None}
-    settings = parse(itertools.chain.from_iterable(given.set))
-    for option in chosen:
-        if option not in accepted:
-            raise ValueError(f"{name} has no --{option.replace('_', '-')}; leave it out")
-    for option in settings:
-        choose(f"{name} has nothing to --set that is called", option, accepted)
-    learning_rate, adam_learning_rate = rates[name]
-    defaults = {
-        "learning_rate": learning_rate,
-        "adam_learning_rate": adam_learning_rate,
-        "rank": rank,
-        "weight_decay": 0.0,
-    }
+    options = {field.name: getattr(given, field.name) for field in dataclasses.fields(Options)}
+    settings = parse(itertools.chain.from_iterable(options.pop("set")))
+    chosen = {option: value for option, value in options.items() if value is not None}
+    for option in chosen.keys() - accepted:
+        raise ValueError(f"{name} has no --{option.replace('_', '-')}; leave it out")
+    for option in settings.keys() - accepted:
+        raise ValueError(f"{name} has no {option!r} to --set, but {', '.join(accepted)}")
+    rate, adam_rate = rates[name]
+    defaults = {"learning_rate": rate, "adam_learning_rate": adam_rate}
+    defaults |= {"rank": rank, "weight_decay": 0.0}
     if subspace_gradients:
         if name not in SUBSPACE_GRADIENTS:
             names = " and ".join(SUBSPACE_GRADIENTS)
@@ -197,21 +147,15 @@ def complete(
     return known | chosen | settings
 
 
-def shown(options: Mapping[str, Any]) -> Arguments:
-    """These as defaults, for --help to show."""
-    names = Arguments().named()
-    return Arguments(**{name: value for name, value in options.items() if name in names})
-
-
 def create(
     name: str,
     steps: int,
-    options: Mapping[str, Any],
+    arguments: Mapping[str, Any],
     clip: Callable[[float], optax.GradientTransformation] = optax.clip_by_global_norm,
 ) -> optax.GradientTransformation:
     """An optimizer after clipping to a norm of 1; its learning rates follow the schedule."""
-    arguments = {
+    scheduled = {
         option: schedule(value, steps) if option.endswith("learning_rate") else value
-        for option, value in options.items()
+        for option, value in arguments.items()
     }
-    return optax.chain(clip(1.0), find(name)(**arguments))
+    return optax.chain(clip(1.0), find(name)(**scheduled))

@@ -6,30 +6,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-
-def plot_losses(rows: Sequence[Mapping[str, float]], title: str, unit: str, path: Path) -> None:
-    """Draws training and validation loss over steps."""
-    steps = np.array([row["step"] for row in rows])
-    losses = np.array([row["loss"] for row in rows])
-    validated = [row for row in rows if "validation_loss" in row]
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
-    axes.plot(steps, smooth(losses), color="tab:blue", label="training, smoothed")
-    axes.plot(
-        [row["step"] for row in validated],
-        [row["validation_loss"] for row in validated],
-        "o-",
-        color="tab:orange",
-        label="validation",
-    )
-    axes.set(title=title, xlabel="step", ylabel=f"loss ({unit})")
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
-
+Rows = Sequence[Mapping[str, float]]
 
 # Of `subspace_metrics`: what is drawn, and how.
 SUBSPACE = {
@@ -40,25 +17,33 @@ SUBSPACE = {
 }
 
 
-def plot_subspace(rows: Sequence[Mapping[str, float]], title: str, path: Path) -> None:
+def plot_losses(rows: Rows, title: str, unit: str, path: Path) -> None:
+    """Draws training and validation loss over steps."""
+    steps, losses = (np.array([row[name] for row in rows]) for name in ("step", "loss"))
+    validated = [(x["step"], x["validation_loss"]) for x in rows if "validation_loss" in x]
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
+    axes.plot(steps, smooth(losses), color="tab:blue", label="training, smoothed")
+    axes.plot(*zip(*validated, strict=True), "o-", color="tab:orange", label="validation")
+    axes.set(title=title, xlabel="step", ylabel=f"loss ({unit})")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def plot_subspace(rows: Rows, title: str, path: Path) -> None:
     """Draws how the subspaces did over steps."""
     steps = [row["step"] for row in rows]
     figure = Figure(figsize=(9, 6), layout="constrained")
     figure.suptitle(title)
-    for axes, (name, (label, scale)) in zip(
-        figure.subplots(2, 2).flat, SUBSPACE.items(), strict=True
-    ):
+    panels = zip(figure.subplots(2, 2).flat, SUBSPACE.items(), strict=True)
+    for axes, (name, (label, scale)) in panels:
         axes.plot(steps, [row[name] for row in rows], color="tab:blue", linewidth=0.8)
         axes.set(xlabel="step", ylabel=label, yscale=scale)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
     """Each value's mean with those around it, over a fiftieth of the run; fewer at the ends."""
-    reach = len(values) // 100
-    total = np.concatenate([[0.0], np.cumsum(values)])
-    last = np.minimum(np.arange(len(values)) + reach + 1, len(values))
-    first = np.maximum(np.arange(len(values)) - reach, 0)
-    return (total[last] - total[first]) / (last - first)
+    near = np.ones(1 + 2 * (len(values) // 100))
+    return np.convolve(values, near, "same") / np.convolve(np.ones(len(values)), near, "same")

@@ -1,6 +1,8 @@
-"""The folder of a run: what it may overwrite, what belongs to it, its checkpoints."""
+"""The folder of a run: what it may overwrite, and its checkpoints."""
 
 import contextlib
+import dataclasses
+import itertools
 import json
 import logging
 import re
@@ -9,7 +11,6 @@ import sys
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -17,61 +18,57 @@ import grain
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from common import processes
+from common import mesh
 
 import sumo_optax
 
-# Orbax logs, with tracebacks, what it then raises, and leaves coroutines that nothing awaits.
+# Orbax logs what it then raises, with tracebacks, and leaves coroutines that nothing awaits.
+# TensorStore's threads report to a save that has failed meanwhile.
 warnings.filterwarnings("ignore", "coroutine 'async_serialize", RuntimeWarning)
-for name in ("absl", "asyncio"):
-    logging.getLogger(name).setLevel(logging.CRITICAL)
-
-
-def ignore_late_answers(unraisable: Any, then: Any = sys.unraisablehook) -> None:
-    """TensorStore's threads still report to a save or restore that has failed meanwhile."""
-    if str(unraisable.exc_value) != "Event loop is closed":
-        then(unraisable)
-
-
-sys.unraisablehook = ignore_late_answers
+logging.getLogger("absl").setLevel(logging.CRITICAL)
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+hook = sys.unraisablehook
+sys.unraisablehook = lambda x: None if "loop is closed" in str(x.exc_value) else hook(x)
 
 # All that a run writes. Nothing else in its folder is ever deleted.
-FILES = (
-    "config.json",
-    "metrics.jsonl",
-    "summary.json",
-    "loss.png",
-    "subspace.png",
-    "tokenizer.json",
-    "tensorboard",
-    "wandb",
-    "wandb.txt",
-    "checkpoints",
-)
+FILES = "config.json summary.json tokenizer.json metrics.jsonl loss.png subspace.png wandb.txt"
+FILES = [*FILES.split(), "tensorboard", "wandb", "checkpoints"]
 
 
-def choose(out: Path | None, default: Path, *, resume: bool, overwrite: bool) -> Path:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """What is written, and where."""
+
+    out: Path | None = None  # Folder to write to, by default a new one in runs/.
+    resume: bool = False  # Go on from the last checkpoint.
+    overwrite: bool = False  # Delete the run in the folder first.
+    tensorboard: bool = False  # Write the metrics for TensorBoard, too, into OUT/tensorboard.
+    wandb: str | None = None  # Send the metrics to this project of Weights & Biases, too.
+
+    def check(self) -> None:
+        """Refuses numbers that make no sense, among those of a program too."""
+        for name, value in vars(self).items():
+            least = 1 if type(value) is int and name not in ("seed", "process") else 0
+            if type(value) in (int, float) and not value >= least:
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{flag} must be at least {least}, got {value}")
+
+
+def choose(output: RunOptions, default: Path) -> Path:
     """The folder to write to; refuses to start where a run is, and to resume where none is."""
-    if resume and overwrite:
+    if output.resume and output.overwrite:
         raise ValueError("--resume and --overwrite exclude each other; give one of them")
-    if out is None:
-        candidates = (
-            default if i == 1 else default.with_name(f"{default.name}-{i}") for i in count(1)
-        )
-        taken = []
-        for out in candidates:
-            if not holds_run(out):
-                break
-            taken.append(out)
-        if resume and taken:
-            out = taken[-1]
-        elif overwrite:
-            out = default
+    if output.out is None:
+        name = lambda i: default.with_name(f"{default.name}-{i}") if i > 1 else default
+        free = next(i for i in itertools.count(1) if not holds_run(name(i)))
+        out = default if output.overwrite else name(free - 1 if output.resume else free)
+    else:
+        out = output.out
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; name a folder")
-    if resume and not holds_run(out):
+    if output.resume and not holds_run(out):
         raise ValueError(f"{out} holds no run to resume; leave out --resume or name another --out")
-    if holds_run(out) and not (resume or overwrite):
+    if holds_run(out) and not (output.resume or output.overwrite):
         raise ValueError(f"{out} holds a run already; give --resume, --overwrite or another --out")
     return out
 
@@ -83,65 +80,33 @@ def holds_run(out: Path) -> bool:
 
 def clear(out: Path) -> None:
     """Deletes the run there, if any, and nothing else."""
-    for name in FILES:
-        path = out / name
-        part_of(path).unlink(missing_ok=True)
+    for path in (out / name for name in FILES):
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
 
 
-def part_of(path: Path) -> Path:
-    """Where a file is while it is being written."""
-    return path.with_name(f".{path.name}.part")
-
-
-@contextlib.contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A path to write to that becomes `path` when it is done: who is killed leaves no half file."""
-    part = part_of(path)
-    yield part
-    if part.exists():
-        part.replace(path)
-
-
-def check_same(out: Path, now: Mapping[str, Any]) -> None:
-    """Refuses to resume a run of another configuration, naming all that differs."""
-    path = out / "config.json"
-    try:
-        then = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
-        if any((out / "checkpoints").glob("[0-9]*")):
-            raise ValueError(
-                f"{path} is missing or torn: what this run was is not known; start with another"
-                " --out"
-            ) from None
-        return  # it was killed before it had begun
-    differences = [
-        f"{name} was {then.get(name)}, now {now.get(name)}"
-        for name in now | then
-        if then.get(name) != now.get(name)
-    ]
-    if differences:
-        raise ValueError(
-            f"{out} holds another run: {'; '.join(differences)}. Give the same or another --out"
-        )
+class OtherRun(ValueError):
+    """The folder has checkpoints of another configuration."""
 
 
 class Checkpoints:
-    """The last checkpoints of a run: arrays, the place in the data, and the seconds trained."""
+    """The last checkpoints of a run: its arrays, and in `progress` all else that it goes on with.
 
-    def __init__(self, out: Path):
-        handlers: dict[str, Any] = {
-            "state": ocp.StandardCheckpointHandler(),
-            "data": grain.checkpoint.CheckpointHandler(),
-            "progress": ocp.JsonCheckpointHandler(),
-        }
+    Orbax writes them in the background and makes them visible when they are whole. It does not see
+    a bit that has flipped in one: that is what the sums and the checksum are for.
+    """
+
+    def __init__(self, out: Path, record: Mapping[str, Any]):
+        self.record = record  # what makes this run this run, as JSON
         self.manager = ocp.CheckpointManager(
             (out / "checkpoints").absolute(),
             options=ocp.CheckpointManagerOptions(max_to_keep=2),
-            item_handlers=handlers,
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(),
+                "progress": ocp.JsonCheckpointHandler(),
+            },
         )
 
     def steps(self) -> list[int]:
@@ -150,17 +115,14 @@ class Checkpoints:
 
     def save(self, step: int, state: Any, batches: grain.DatasetIterator, seconds: float) -> None:
         """Writes in the background what `restore` needs."""
-        progress = {"seconds": seconds, "checksum": checksum(state, batches)}
+        progress = {"record": self.record, "data": batches.get_state(), "seconds": seconds}
+        progress |= {"sums": sums(state)}
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            progress=ocp.args.JsonSave(progress | {"checksum": checksum(progress)}),
+        )
         with self.failures_in_words():
-            self.manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state),
-                    data=grain.checkpoint.CheckpointSave(batches),
-                    progress=ocp.args.JsonSave(progress),
-                ),
-                force=True,
-            )
+            self.manager.save(step, args=items, force=True)
 
     def close(self) -> None:
         """Waits for what is being written."""
@@ -179,76 +141,78 @@ class Checkpoints:
                 f" those there are good: {good}"
             ) from None
 
-    def check_shapes(self, state: Any) -> None:
-        """Refuses checkpoints of other arrays than `state` has, naming all that differ."""
-        for step in self.steps():
-            try:
-                then = self.manager.item_metadata(step)["state"].tree
-            except Exception:  # torn, which `restore` will find
-                continue
-            try:
-                sumo_optax.check_state(then, state)
-            except ValueError as error:
-                raise ValueError(
-                    f"{self.manager.directory} is of another model or optimizer: {error}"
-                ) from None
-            return
-
     def restore(self, state: Any, batches: grain.DatasetIterator) -> tuple[int, Any, float] | None:
         """Step, state and seconds of the last checkpoint that can be read; None if there is none.
 
-        Moves the batches to their place then. Deletes what cannot be read, once another could.
+        Moves the batches to their place then. Deletes what cannot be read once another could: the
+        run comes by that step again, and Orbax does not write over a step.
         """
-        torn: dict[int, Exception] = {}
+        torn: dict[int, str] = {}
         for step in self.steps():
-            found = None
-            torn[step] = ValueError("another process cannot read it")
+            found, torn[step] = None, "another process cannot read it"
             try:
-                found = self.read(step, state, batches)
+                found = self.read(step, state)
+            except OtherRun:
+                raise
             except Exception as error:  # of JSON, TensorStore or Orbax: many types
-                torn[step] = error
-            if processes.all_agree(found is not None) and found is not None:
+                torn[step] = reason(error)
+            if mesh.all_agree(found is not None) and found is not None:
                 del torn[step]
-                for bad, error in torn.items():
+                for bad, why in torn.items():
                     print(
-                        f"warning: checkpoint {bad} cannot be read ({reason(error)});"
+                        f"warning: checkpoint {bad} cannot be read ({why});"
                         f" it is deleted, and step {step} is what there is",
                         file=sys.stderr,
                     )
                     self.manager.delete(bad)
-                return step, *found
+                restored, progress = found
+                batches.set_state(progress["data"])
+                return step, restored, progress["seconds"]
         if torn:
-            error = next(iter(torn.values()))
             raise OSError(
-                f"no checkpoint in {self.manager.directory} can be read ({reason(error)});"
-                " start again with --overwrite"
+                f"no checkpoint in {self.manager.directory} can be read"
+                f" ({next(iter(torn.values()))}); start again with --overwrite"
             )
         return None
 
-    def read(self, step: int, state: Any, batches: grain.DatasetIterator) -> tuple[Any, float]:
-        """State and seconds at that step; an error if they are not what was saved."""
-        restored = self.manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(state),
-                data=grain.checkpoint.CheckpointRestore(batches),
-                progress=ocp.args.JsonRestore(),
-            ),
-        )
-        if checksum(restored["state"], batches) != restored["progress"]["checksum"]:
+    def read(self, step: int, state: Any) -> tuple[Any, dict[str, Any]]:
+        """State and progress at that step; an error if they are not what was saved."""
+        args = ocp.args.Composite(progress=ocp.args.JsonRestore())
+        progress = self.manager.restore(step, args=args)["progress"]
+        if progress.pop("checksum") != checksum(progress):
             raise ValueError("its checksum is wrong")
-        return restored["state"], restored["progress"]["seconds"]
+        then, now = progress["record"], self.record
+        differences = [
+            f"{name} was {then.get(name)}, now {now.get(name)}"
+            for name in now | then
+            if then.get(name) != now.get(name)
+        ]
+        if differences:
+            raise OtherRun(
+                f"{self.manager.directory.parent} holds another run: {'; '.join(differences)}."
+                " Give the same or another --out"
+            )
+        sumo_optax.check_state(self.manager.item_metadata(step)["state"].tree, state)
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(state))
+        restored = self.manager.restore(step, args=args)["state"]
+        if progress["sums"] != sums(restored):
+            raise ValueError("its checksum is wrong")
+        return restored, progress
 
 
-def checksum(state: Any, batches: grain.DatasetIterator) -> int:
-    """Of all bits of all arrays, however they are sharded, and of the place in the data."""
-    sums = [int(x) for x in sums_of_bits(jax.tree.leaves(state))]
-    return zlib.crc32(json.dumps([sums, str(batches.get_state())]).encode())
+def checksum(progress: Mapping[str, Any]) -> int:
+    """Of what is written as JSON."""
+    return zlib.crc32(json.dumps(progress).encode())
+
+
+def sums(state: Any) -> list[int]:
+    """Of all bits of each array, modulo 2³², for which it does not matter how it is sharded."""
+    return [int(x) for x in sums_of_bits(jax.tree.leaves(state))]
 
 
 @jax.jit
 def sums_of_bits(arrays: list[jax.Array]) -> list[jax.Array]:
-    """Sums modulo 2³², for which order does not matter."""
+    """The sums, on the devices."""
     words = lambda x: jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
     return [jnp.sum(words(x), dtype=jnp.uint32) for x in arrays]
 
@@ -257,27 +221,4 @@ def reason(error: Exception) -> str:
     """What an error says, in a few words; of TensorStore's many, what the system says."""
     words = (str(error).splitlines() or [""])[0] or type(error).__name__
     system = re.search(r"([^:]+) \[os_error_code=", words)
-    return system[1].strip() if system else words[:80]
-
-
-class Metrics:
-    """One JSON object a line, one line a step."""
-
-    def __init__(self, path: Path, start: int):
-        self.path = path
-        lines = path.read_text().splitlines(keepends=True) if start and path.exists() else []
-        # A run that was killed may have gone on after its last checkpoint, and have left half a
-        # line: those steps come again.
-        rows = (json.loads(line) for line in lines if line.endswith("\n"))
-        self.rows = [row for row in rows if row["step"] <= start]
-        if processes.leads():
-            with whole(path) as part:
-                part.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-
-    def add(self, rows: list[dict[str, Any]]) -> None:
-        """Writes rows."""
-        self.rows += rows
-        if not processes.leads():
-            return
-        with self.path.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+    return system[1].strip() if system else words[:200]

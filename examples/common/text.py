@@ -1,115 +1,117 @@
 """Text to batches, from the Python standard library, a file, a folder or the Hugging Face hub.
 
-A window is length + 1 tokens in a row: all but the last are inputs, all but the first targets.
+A token is a byte of UTF-8, or a run of bytes that is frequent in the training text. A window is
+length + 1 tokens in a row: all but the last are inputs, all but the first targets.
 """
 
-import dataclasses
+import contextlib
 import sysconfig
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import grain
 import numpy as np
-from common import hub, tokens
-from common.tokens import BpeTokenizer, Tokenizer
+import tokenizers
+from common import hub
 
-# What is in the library's folder but is not the library.
+# What is in the standard library's folder but is not the library.
 SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+END = "\0"  # of a document: no text holds it
+SAMPLE = 10_000  # documents of a stream that a tokenizer learns from
 T = TypeVar("T")
 
-# Documents of a stream that a tokenizer learns from.
-SAMPLE = 10_000
+
+class Tokenizer:
+    """Bytes, or byte-level BPE where one is given."""
+
+    def __init__(self, bpe: tokenizers.Tokenizer | None = None):
+        self.bpe = bpe
+        self.vocab = bpe.get_vocab_size() if bpe else 256
+
+    def encode(self, texts: Iterable[str]) -> np.ndarray:
+        """The tokens of all texts in a row, an end after each."""
+        ended = [text + END for text in texts]
+        if self.bpe is None:
+            return np.frombuffer("".join(ended).encode(), np.uint8)
+        return np.concatenate(
+            [np.array(e.ids, np.int32) for e in self.bpe.encode_batch_fast(ended)]
+        )
+
+    def write(self, path: Path) -> None:
+        """Keeps what a trained model is of no use without."""
+        if self.bpe is not None:
+            self.bpe.save(str(path))
 
 
-@dataclasses.dataclass
-class Corpus:
+def make_tokenizer(spec: str, texts: Iterable[str]) -> Tokenizer:
+    """The tokenizer that `bytes` or `bpe:SIZE` asks for, trained on texts."""
+    kind, _, size = spec.partition(":")
+    if spec == "bytes":
+        return Tokenizer()
+    if kind != "bpe" or not size.isdecimal() or int(size) <= 256:
+        raise ValueError(f"--tokenizer must be bytes or bpe:SIZE with SIZE above 256, got {spec!r}")
+    bpe = tokenizers.ByteLevelBPETokenizer()
+    bpe.train_from_iterator(texts, int(size), min_frequency=0, show_progress=False)
+    return Tokenizer(tokenizers.Tokenizer.from_str(bpe.to_str()))
+
+
+class Corpus(NamedTuple):
     """Batches to train on and windows to validate with."""
 
-    name: str
     tokenizer: Tokenizer
     batches: grain.DatasetIterator[np.ndarray]  # each (batch, length + 1)
     validation: np.ndarray  # (windows, length + 1)
-
-    @property
-    def bytes_per_token(self) -> float:
-        """Bytes of text in a target of the validation windows."""
-        return float(self.tokenizer.token_bytes[self.validation[:, 1:]].mean())
 
 
 def load(
     data: str | None,
     tokenizer: str,
+    earlier: Path | None,
     *,
     length: int,
     batch: int,
     validation_windows: int,
     seed: int,
-    earlier: Path | None = None,
 ) -> Corpus:
     """Reads the text and cuts windows; `earlier` is the file of an earlier run's tokenizer."""
-    stream = hub.open_stream(data[3:]) if data and data.startswith("hf:") else None
-    if stream:
-        training, validation = [], stream.validation
-        sample = stream.sample(SAMPLE)
+    stream = None
+    if data and data.startswith("hf:"):
+        stream, validation = hub.open_stream(data[3:])
+        training = (row["text"] for row in stream.take(SAMPLE))
     else:
-        documents = read(Path(data)) if data else standard_library()
-        training, validation = split(documents)
-        sample = iter(training)
-
-    if earlier and earlier.exists():
-        encoder = BpeTokenizer.read(earlier)
-    else:
-        encoder = tokens.make(tokenizer, sample)
-
-    if stream:
-        batches = stream.batches(encoder, length=length, batch=batch, seed=seed)
+        training, validation = split(read(Path(data) if data else None))
+    encoder = None
+    with contextlib.suppress(Exception):  # there is none, or a kill has left half of it
+        encoder = Tokenizer(tokenizers.Tokenizer.from_file(str(earlier)))
+    encoder = encoder or make_tokenizer(tokenizer, training)
+    if stream is not None:
+        batches = hub.batches(stream, encoder.encode, length=length, batch=batch, seed=seed)
     else:
         windows = Windows(encoder.encode(training), length, "training")
-        batches = shuffled_batches(windows, batch=batch, seed=seed)
+        batches = iter(shuffled(windows, seed).batch(batch))
     held_out = Windows(encoder.encode(validation), length, "validation")
-    return Corpus(
-        data or "the standard library", encoder, batches, held_out.spread(validation_windows)
-    )
+    indices = np.linspace(0, len(held_out) - 1, min(validation_windows, len(held_out)), dtype=int)
+    return Corpus(encoder, batches, np.stack([held_out[i] for i in indices]))
 
 
-def standard_library() -> dict[str, str]:
-    """The sources of the running Python's library, by name."""
-    root = Path(sysconfig.get_path("stdlib"))
-    files = (p for p in root.rglob("*.py") if not SKIPPED & set(p.relative_to(root).parts))
-    return read_files(root, files)
+def read(path: Path | None) -> dict[str, str]:
+    """The text of a file, or of all in a folder that are UTF-8 and not hidden, by name.
 
-
-def read(path: Path) -> dict[str, str]:
-    """The text of a file, or of all files in a folder that are UTF-8 and not hidden, by name."""
-    if path.is_dir():
-        files = (
-            p
-            for p in path.rglob("*")
-            if p.is_file() and not any(part[0] == "." for part in p.relative_to(path).parts)
-        )
-        documents = read_files(path, files)
-    else:
-        try:
-            documents = {path.name: path.read_text("utf-8")}
-        except OSError as error:
-            raise ValueError(f"--data {path} cannot be read: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise ValueError(f"--data {path} is not text in UTF-8") from None
-    if not any(documents.values()):
-        raise ValueError(f"--data {path} is empty: give a text file, a folder of them or hf:NAME")
-    return documents
-
-
-def read_files(root: Path, files: Iterator[Path]) -> dict[str, str]:
-    """Those files that are UTF-8, by their name under root, in the same order everywhere."""
+    By default those of the running Python's library. They are in the same order everywhere.
+    """
+    root = path or Path(sysconfig.get_path("stdlib"))
+    skipped = set() if path else SKIPPED
     documents = {}
-    for path in files:
-        try:
-            documents[path.relative_to(root).as_posix()] = path.read_text("utf-8")
-        except UnicodeDecodeError:
-            continue
+    for file in [root] if root.is_file() else root.rglob("*" if path else "*.py"):
+        parts = file.relative_to(root).parts
+        hidden = any(part.startswith(".") for part in parts)
+        if file.is_file() and not hidden and not skipped & set(parts):
+            with contextlib.suppress(UnicodeDecodeError):
+                documents["/".join(parts)] = file.read_text("utf-8")
+    if not any(documents.values()):
+        raise ValueError(f"--data {path} is no text file in UTF-8, nor a folder of them or hf:NAME")
     return dict(sorted(documents.items()))
 
 
@@ -133,38 +135,21 @@ class Windows:
 
     def __init__(self, tokens: np.ndarray, length: int, name: str):
         if len(tokens) <= length:
-            raise ValueError(
-                f"the {name} text has {len(tokens)} tokens, too few for a window of {length + 1};"
-                " give more text or a smaller --length"
-            )
-        self.tokens = tokens
-        self.length = length
+            few = f"the {name} text has {len(tokens)} tokens, too few for a window of {length + 1}"
+            raise ValueError(f"{few}; give more text or a smaller --length")
+        self.tokens, self.length = tokens, length
+        self.starts = range(0, len(tokens) - length, length)
 
     def __len__(self) -> int:
-        return (len(self.tokens) - 1) // self.length
+        return len(self.starts)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        start = index * self.length
+        start = self.starts[index]
         return self.tokens[start : start + self.length + 1].astype(np.int32)
-
-    def spread(self, count: int) -> np.ndarray:
-        """At most so many windows, spread evenly over the text."""
-        indices = np.linspace(0, len(self) - 1, min(count, len(self)), dtype=int)
-        return np.stack([self[i] for i in indices])
-
-
-def shuffled_batches(
-    source: grain.sources.RandomAccessDataSource[T], *, batch: int, seed: int
-) -> grain.DatasetIterator[T]:
-    """Batches without end, in another order each time round."""
-    return iter(shuffled(source, seed).batch(batch))
 
 
 def shuffled(source: grain.sources.RandomAccessDataSource[T], seed: int) -> grain.IterDataset[T]:
     """Its elements without end, in another order each time round."""
     data = grain.MapDataset.source(source).shuffle(seed).repeat()
     # All of it is in memory: threads would only wait for each other.
-    options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    return data.to_iter_dataset(options)
+    return data.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
