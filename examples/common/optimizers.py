@@ -1,6 +1,7 @@
 """Any optimizer by its name, all with the same schedule and the same clipping."""
 
 import ast
+import contextlib
 import dataclasses
 import inspect
 import itertools
@@ -39,14 +40,12 @@ class Options:
     """Of the optimizer that is chosen; where none is given, its own."""
 
     learning_rate: float | None = None  # Peak of the schedule.
-    adam_learning_rate: float | None = None
-    """The same for the Adam that trains embeddings, head, norms and biases."""
-    rank: int | float | None = None
-    """Rank of the subspace, or a fraction of each matrix's short side, such as 0.25."""
+    adam_learning_rate: float | None = None  # That of Adam, for leaves that are no matrices.
+    rank: int | float | None = None  # Of the subspace, or a fraction of the matrix's short side.
     refresh_every: int | None = None  # Steps between two refreshes of the subspace.
     weight_decay: float | None = None  # Decoupled weight decay, by default none.
+    # Any other arguments NAME=VALUE of the optimizer, such as momentum=0.95 residual=None.
     set: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()
-    """Any other arguments NAME=VALUE of the optimizer, such as momentum=0.95 residual=None."""
 
 
 def schedule(peak: float, steps: int) -> optax.Schedule:
@@ -58,11 +57,6 @@ def is_matrix(path: jax.tree_util.KeyPath) -> bool:
     """Whether a leaf is one of the projections of a block, and not its bias."""
     *_, module, leaf = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
     return module in MATRICES and leaf == "kernel"
-
-
-def adamw(learning_rate, *, weight_decay):
-    """AdamW for every leaf."""
-    return optax.adamw(learning_rate, weight_decay=weight_decay)
 
 
 def muon(learning_rate, *, beta=0.95, adam_learning_rate, weight_decay):
@@ -97,25 +91,21 @@ def galore(learning_rate, *, rank, refresh_every=200, adam_learning_rate, weight
     return optax.partition({"galore": of_matrices, "adamw": rest}, labels)
 
 
-OPTAX = {"galore": galore, "muon": muon, "adamw": adamw}
+OPTAX = {"galore": galore, "muon": muon, "adamw": optax.adamw}
 
 
-def find(name: str) -> Callable[..., optax.GradientTransformation]:
-    """The function that makes the optimizer of this name."""
-    return OPTAX.get(name) or getattr(sumo_optax, name)
+find: Any = lambda name: OPTAX.get(name) or getattr(sumo_optax, name)
 
 
 def parse(settings: Iterable[str]) -> dict[str, Any]:
     """NAME=VALUE, each value as Python reads it or else as a word."""
     found = {}
-    for setting in settings:
-        name, equals, value = setting.partition("=")
+    for name, equals, value in (setting.partition("=") for setting in settings):
         if not equals:
-            raise ValueError(f"--set needs NAME=VALUE, got {setting!r}")
-        try:
+            raise ValueError(f"--set needs NAME=VALUE, got {name!r}")
+        found[name] = value
+        with contextlib.suppress(ValueError, SyntaxError):
             found[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            found[name] = value
     return found
 
 
@@ -135,16 +125,13 @@ def complete(
         raise ValueError(f"{name} has no --{option.replace('_', '-')}; leave it out")
     for option in settings.keys() - accepted:
         raise ValueError(f"{name} has no {option!r} to --set, but {', '.join(accepted)}")
-    rate, adam_rate = rates[name]
-    defaults = {"learning_rate": rate, "adam_learning_rate": adam_rate}
-    defaults |= {"rank": rank, "weight_decay": 0.0}
-    if subspace_gradients:
-        if name not in SUBSPACE_GRADIENTS:
-            names = " and ".join(SUBSPACE_GRADIENTS)
-            raise ValueError(f"{name} has no --subspace-gradients; {names} have")
-        defaults |= SUBSPACE_GRADIENTS[name]
-    known = {option: value for option, value in defaults.items() if option in accepted}
-    return known | chosen | settings
+    if subspace_gradients and name not in SUBSPACE_GRADIENTS:
+        names = " and ".join(SUBSPACE_GRADIENTS)
+        raise ValueError(f"{name} has no --subspace-gradients; {names} have")
+    known = dict(zip(("learning_rate", "adam_learning_rate"), rates[name], strict=True))
+    known |= {"rank": rank, "weight_decay": 0.0}
+    known |= SUBSPACE_GRADIENTS[name] if subspace_gradients else {}
+    return {option: x for option, x in known.items() if option in accepted} | chosen | settings
 
 
 def create(

@@ -7,20 +7,22 @@ length + 1 tokens in a row: all but the last are inputs, all but the first targe
 import contextlib
 import sysconfig
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any
 
+import datasets
 import grain
 import numpy as np
 import tokenizers
-from common import hub
 
 # What is in the standard library's folder but is not the library.
 SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 END = "\0"  # of a document: no text holds it
+CONFIGS = {"allenai/c4": "en"}  # of data sets that want one: that of the GaLore protocol
 SAMPLE = 10_000  # documents of a stream that a tokenizer learns from
-T = TypeVar("T")
+HELD_OUT = 1_000  # those that it validates with
+SHUFFLED = 4_096  # windows of a stream that are shuffled among each other
 
 
 class Tokenizer:
@@ -36,7 +38,7 @@ class Tokenizer:
         if self.bpe is None:
             return np.frombuffer("".join(ended).encode(), np.uint8)
         return np.concatenate(
-            [np.array(e.ids, np.int32) for e in self.bpe.encode_batch_fast(ended)]
+            [np.array(x.ids, np.int32) for x in self.bpe.encode_batch_fast(ended)]
         )
 
     def write(self, path: Path) -> None:
@@ -57,43 +59,33 @@ def make_tokenizer(spec: str, texts: Iterable[str]) -> Tokenizer:
     return Tokenizer(tokenizers.Tokenizer.from_str(bpe.to_str()))
 
 
-class Corpus(NamedTuple):
-    """Batches to train on and windows to validate with."""
-
-    tokenizer: Tokenizer
-    batches: grain.DatasetIterator[np.ndarray]  # each (batch, length + 1)
-    validation: np.ndarray  # (windows, length + 1)
-
-
 def load(
-    data: str | None,
-    tokenizer: str,
-    earlier: Path | None,
-    *,
-    length: int,
-    batch: int,
-    validation_windows: int,
-    seed: int,
-) -> Corpus:
-    """Reads the text and cuts windows; `earlier` is the file of an earlier run's tokenizer."""
-    stream = None
+    options: Any, earlier: Path | None
+) -> tuple[Tokenizer, grain.DatasetIterator[np.ndarray], np.ndarray]:
+    """Tokenizer, batches and validation windows, as pretrain.py's options ask for them.
+
+    `earlier` is the file of the tokenizer of the run that it goes on with.
+    """
+    rows, data, length = None, options.data, options.length
     if data and data.startswith("hf:"):
-        stream, validation = hub.open_stream(data[3:])
-        training = (row["text"] for row in stream.take(SAMPLE))
+        rows, validation = stream(data[3:])
+        training = (row["text"] for row in rows.take(SAMPLE))
     else:
         training, validation = split(read(Path(data) if data else None))
-    encoder = None
+    tokenizer = None
     with contextlib.suppress(Exception):  # there is none, or a kill has left half of it
-        encoder = Tokenizer(tokenizers.Tokenizer.from_file(str(earlier)))
-    encoder = encoder or make_tokenizer(tokenizer, training)
-    if stream is not None:
-        batches = hub.batches(stream, encoder.encode, length=length, batch=batch, seed=seed)
+        tokenizer = Tokenizer(tokenizers.Tokenizer.from_file(str(earlier)))
+    tokenizer = tokenizer or make_tokenizer(options.tokenizer, training)
+    if rows is not None:
+        seen = StreamedWindows(rows.repeat(None), tokenizer.encode, length)
+        shuffle = grain.experimental.WindowShuffleIterDataset
+        seen = shuffle(seen, window_size=SHUFFLED, seed=options.seed)
     else:
-        windows = Windows(encoder.encode(training), length, "training")
-        batches = iter(shuffled(windows, seed).batch(batch))
-    held_out = Windows(encoder.encode(validation), length, "validation")
-    indices = np.linspace(0, len(held_out) - 1, min(validation_windows, len(held_out)), dtype=int)
-    return Corpus(encoder, batches, np.stack([held_out[i] for i in indices]))
+        seen = shuffled(windows(tokenizer.encode(training), length, "training"), options.seed)
+    held_out = windows(tokenizer.encode(validation), length, "validation")
+    spread = np.linspace(0, len(held_out) - 1, min(options.eval_windows, len(held_out)), dtype=int)
+    batches = seen.batch(options.batch).map(lambda x: x.astype(np.int32))
+    return tokenizer, iter(batches), held_out[spread].astype(np.int32)
 
 
 def read(path: Path | None) -> dict[str, str]:
@@ -101,13 +93,11 @@ def read(path: Path | None) -> dict[str, str]:
 
     By default those of the running Python's library. They are in the same order everywhere.
     """
-    root = path or Path(sysconfig.get_path("stdlib"))
-    skipped = set() if path else SKIPPED
-    documents = {}
+    root, documents = path or Path(sysconfig.get_path("stdlib")), {}
     for file in [root] if root.is_file() else root.rglob("*" if path else "*.py"):
         parts = file.relative_to(root).parts
-        hidden = any(part.startswith(".") for part in parts)
-        if file.is_file() and not hidden and not skipped & set(parts):
+        skipped = any(x.startswith(".") for x in parts) or (not path and SKIPPED & set(parts))
+        if file.is_file() and not skipped:
             with contextlib.suppress(UnicodeDecodeError):
                 documents["/".join(parts)] = file.read_text("utf-8")
     if not any(documents.values()):
@@ -130,26 +120,69 @@ def split(documents: dict[str, str]) -> tuple[list[str], list[str]]:
     return [text[:cut]], [text[cut:]]
 
 
-class Windows:
+def windows(tokens: np.ndarray, length: int, name: str) -> np.ndarray:
     """Tokens cut to windows, each starting with the last token of the one before."""
-
-    def __init__(self, tokens: np.ndarray, length: int, name: str):
-        if len(tokens) <= length:
-            few = f"the {name} text has {len(tokens)} tokens, too few for a window of {length + 1}"
-            raise ValueError(f"{few}; give more text or a smaller --length")
-        self.tokens, self.length = tokens, length
-        self.starts = range(0, len(tokens) - length, length)
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        start = self.starts[index]
-        return self.tokens[start : start + self.length + 1].astype(np.int32)
+    if len(tokens) <= length:
+        few = f"the {name} text has {len(tokens)} tokens, too few for a window of {length + 1}"
+        raise ValueError(f"{few}; give more text or a smaller --length")
+    return np.lib.stride_tricks.sliding_window_view(tokens, length + 1)[::length]
 
 
-def shuffled(source: grain.sources.RandomAccessDataSource[T], seed: int) -> grain.IterDataset[T]:
+def shuffled(source: Any, seed: int) -> grain.IterDataset:
     """Its elements without end, in another order each time round."""
-    data = grain.MapDataset.source(source).shuffle(seed).repeat()
     # All of it is in memory: threads would only wait for each other.
-    return data.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    return grain.MapDataset.source(source).shuffle(seed).repeat().to_iter_dataset(options)
+
+
+def stream(spec: str) -> tuple[Any, list[str]]:
+    """Rows to train on and texts to validate with, of `NAME` or `NAME:CONFIG`.
+
+    They are the first of the validation split, if there is one, else the first of all. The name is
+    that of a data set of the hub, or of a folder that `load_dataset` can read.
+    """
+    name, _, config = spec.partition(":")
+    config = config or CONFIGS.get(name)
+    load = lambda split: datasets.load_dataset(name, config, split=split, streaming=True)
+    training = validation = load("train")
+    if "validation" in datasets.get_dataset_split_names(name, config):
+        validation = load("validation")
+    else:
+        training = training.skip(HELD_OUT)
+    held_out, first = list(validation.take(HELD_OUT)), list(training.take(1))
+    if not (held_out and first and all("text" in row for row in held_out + first)):
+        raise ValueError(f"--data hf:{spec} needs a column `text` and more rows, got {first}")
+    return training, [row["text"] for row in held_out]
+
+
+class StreamedWindows(grain.IterDataset[np.ndarray]):
+    """Rows of text as windows of tokens."""
+
+    def __init__(self, *made_of: Any):
+        super().__init__()
+        self.made_of = made_of
+
+    def __iter__(self) -> grain.DatasetIterator[np.ndarray]:
+        return StreamedIterator(*self.made_of)
+
+
+class StreamedIterator(grain.DatasetIterator[np.ndarray]):
+    """Its state is the place in the rows, as `datasets` has it, and the tokens left over."""
+
+    def __init__(self, rows: Any, encode: Callable[[list[str]], np.ndarray], length: int):
+        super().__init__()
+        self.rows, self.encode, self.length = rows, encode, length
+        self.iterator, self.left = iter(rows), np.array([], np.int32)
+
+    def __next__(self) -> np.ndarray:
+        while len(self.left) <= self.length:
+            self.left = np.append(self.left, self.encode([next(self.iterator)["text"]]))
+        window, self.left = np.split(self.left, [self.length + 1])
+        return window
+
+    def get_state(self) -> dict[str, Any]:
+        return {"rows": self.rows.state_dict(), "left": self.left.tolist()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self.rows.load_state_dict(state["rows"])
+        self.iterator, self.left = iter(self.rows), np.array(state["left"], np.int32)
