@@ -166,9 +166,8 @@ def add_lora(module: bert.Bert, rank: int, rngs: nnx.Rngs) -> None:
     """Adds A B (arXiv 2106.09685) to each matrix: A random with variance 1/m, B zero at first."""
     start = nnx.initializers.variance_scaling(1.0, "fan_in", "normal")
     for part in (part for block in module.layers for part in (block, block.attention)):
-        for name in optimizers.MATRICES:
-            if hasattr(part, name):
-                W = getattr(part, name)
+        for name, W in list(vars(part).items()):
+            if isinstance(W, nnx.Linear):
                 sizes = (W.in_features, rank, W.out_features)
                 added = nnx.LoRA(*sizes, base_module=W, a_initializer=start, rngs=rngs)
                 setattr(part, name, added)

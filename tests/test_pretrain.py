@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import matplotlib.image as plt
 import numpy as np
 import orbax.checkpoint as ocp
 import pretrain
@@ -245,8 +247,8 @@ def test_logs_and_draws_subspaces(run, optimizer, tmp_path):
     assert run(f"{arguments} --out plain") == 0
     assert run(f"{arguments} --out logged --log-subspace") == 0
     assert losses(tmp_path / "plain") == losses(tmp_path / "logged"), "to look changes nothing"
-    assert not (tmp_path / "plain" / "subspace.png").exists()
-    assert (tmp_path / "logged" / "subspace.png").stat().st_size > 10_000
+    plain, drawn = (plt.imread(tmp_path / x / "loss.png") for x in ("plain", "logged"))
+    assert drawn.shape[0] > 2 * plain.shape[0], "panels below the loss"
     lines = (tmp_path / "logged" / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     assert all(0 <= row["captured"] <= 1 and 1 <= row["effective_rank"] <= 4.001 for row in rows)
@@ -783,11 +785,15 @@ def test_wrong_mesh(run, capsys, arguments, words):
 @pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(run, corpus, tmp_path):
     assert run("--batch 4 --steps 6 --out one") == 0
-    program = Path(__file__).parents[1] / "examples/multihost/local.sh"
+    program = Path(__file__).parents[1] / "examples/pretrain.py"
     arguments = f"{MICRO} --data {corpus} --batch 4 --steps 6 --mesh data=2,fsdp=2,tensor=2"
-    command = [str(program), *arguments.split(), "--out", "two"]
-    environment = os.environ | {"PYTHON": sys.executable}
-    subprocess.run(command, check=True, cwd=tmp_path, timeout=300, env=environment)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        together = f"--processes 2 --coordinator localhost:{free.getsockname()[1]} --out two"
+    command = [sys.executable, str(program), *arguments.split(), *together.split(), "--process"]
+    four = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    start = lambda i: subprocess.Popen([*command, i], cwd=tmp_path, env=os.environ | four)
+    assert [process.wait(300) for process in [start("0"), start("1")]] == [0, 0]
     expected = np.array(losses(tmp_path / "one"))
     np.testing.assert_allclose(losses(tmp_path / "two"), expected, rtol=1e-4)  # float32 sums
 

@@ -3,7 +3,7 @@
 import contextlib
 import importlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ from matplotlib.figure import Figure
 
 Rows = list[dict[str, Any]]  # each with its `step`
 
-# Of `subspace_metrics`: what is drawn, and how.
-SUBSPACE = {
+# What is drawn where it is logged: its label and scale.
+PANELS = {
+    "loss": ("loss", "linear"),
     "captured": ("gradient energy foreseen", "linear"),
     "rotation": ("rotation of the basis", "linear"),
     "condition_number": ("condition of the worst moment", "log"),
@@ -63,15 +64,13 @@ class Metrics(contextlib.ExitStack):
             log({name: value for name, value in row.items() if name != "step"}, row["step"])
 
 
-def plot(
-    rows: Sequence[Mapping[str, float]], drawn: Mapping[str, tuple[str, str]], path: Path
-) -> None:
-    """Draws metrics over steps, each with its label and scale; of losses, validation's too."""
-    figure = Figure(figsize=(7, 3 + 1.5 * len(drawn)), layout="constrained")
-    panels = figure.subplots(len(drawn), squeeze=False).flat
-    for axes, (name, (label, scale)) in zip(panels, drawn.items(), strict=True):
+def plot(rows: Rows, path: Path) -> None:
+    """Draws metrics over steps; of the loss, validation's too."""
+    names = [name for name in PANELS if name in rows[-1]]
+    figure = Figure(figsize=(7, 1 + 3 * len(names)), layout="constrained")
+    for axes, name in zip(figure.subplots(len(names), squeeze=False).flat, names, strict=True):
         for key, style in ((name, "-"), (f"validation_{name}", "o-")):
             seen = [row for row in rows if key in row]
             axes.plot([row["step"] for row in seen], [row[key] for row in seen], style)
-        axes.set(xlabel="step", ylabel=label, yscale=scale)
+        axes.set(xlabel="step", ylabel=PANELS[name][0], yscale=PANELS[name][1])
     figure.savefig(path, dpi=150)

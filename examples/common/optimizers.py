@@ -14,7 +14,6 @@ import tyro
 
 import sumo_optax
 
-MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 Name = Literal["sumo", "online_subspace_descent", "mofasgd", "galore", "muon", "adamw"]
 
 # name: learning rate, and that of the Adam for leaves that are no matrices; the first was swept for
@@ -54,9 +53,9 @@ def schedule(peak: float, steps: int) -> optax.Schedule:
 
 
 def is_matrix(path: jax.tree_util.KeyPath) -> bool:
-    """Whether a leaf is one of the projections of a block, and not its bias."""
-    *_, module, leaf = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
-    return module in MATRICES and leaf == "kernel"
+    """Whether a leaf is one of the projections of a block."""
+    first, *_, last = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+    return (first, last) == ("layers", "kernel")
 
 
 def muon(learning_rate, *, beta=0.95, adam_learning_rate, weight_decay):

@@ -34,6 +34,9 @@ class State(NamedTuple):
 Step = Callable[[int, State, Any], tuple[State, Mapping[str, jax.Array]]]
 
 
+Place = tuple[int, State, float]  # the number of the step, after it, and the seconds of training
+
+
 class Run(NamedTuple):
     """All that training needs, with nothing written yet."""
 
@@ -87,9 +90,7 @@ def finish(run: Run, state: State, seconds: float, rows: metrics.Rows) -> None:
     """Draws the curves, and says how it went."""
     if not mesh.leads():
         return
-    metrics.plot(rows, {"loss": ("loss", "linear")}, run.out / "loss.png")
-    if metrics.SUBSPACE.keys() <= rows[-1].keys():
-        metrics.plot(rows, metrics.SUBSPACE, run.out / "subspace.png")
+    metrics.plot(rows, run.out / "loss.png")
     (size, unit), names = run.units, list(rows[-1])
     last = {name: rows[-1][name] for name in names[names.index("validation_loss") : -1]}
     state_bytes, count = sum(x.nbytes for x in jax.tree.leaves(state.optimizer)), run.steps * size
@@ -116,16 +117,18 @@ def train(run: Run) -> tuple[State, float, metrics.Rows, int]:
         restored = checkpoints.restore(run.state, run.batches) if run.options.resume else None
         shardings = jax.tree.map(lambda x: x.sharding, run.state)
         init = jax.jit(run.init, out_shardings=shardings)
-        start, state, seconds = restored or (0, init(), 0.0)
+        at = restored or (0, init(), 0.0)
         if run.options.resume:
-            going_on = f"going on from step {start}"
-            print(going_on if start else "no checkpoint yet: starting from step 0")
-        if mesh.leads() and not start:  # a checkpoint comes later: who finds one finds them whole
+            going_on = f"going on from step {at[0]}"
+            print(going_on if restored else "no checkpoint yet: starting from step 0")
+        if (
+            mesh.leads() and not restored
+        ):  # a checkpoint comes later: who finds one finds them whole
             run.write_tokenizer(run.out / "tokenizer.json")
             (run.out / "config.json").write_text(json.dumps(run.record, indent=2) + "\n")
-        log = metrics.Metrics(run.out, start, run.options, run.record)
+        log = metrics.Metrics(run.out, at[0], run.options, run.record)
         with log, noted() as signals:
-            last, state, seconds = loop(run, state, start, seconds, log, checkpoints, signals)
+            last, state, seconds = loop(run, at, log, checkpoints, signals)
     stopped = 0
     if last != run.steps:
         stopped = signals[0] if signals else signal.SIGTERM
@@ -135,15 +138,10 @@ def train(run: Run) -> tuple[State, float, metrics.Rows, int]:
 
 
 def loop(
-    run: Run,
-    state: State,
-    start: int,
-    seconds: float,
-    log: metrics.Metrics,
-    checkpoints: Checkpoints,
-    signals: Sequence[signal.Signals],
-) -> tuple[int, State, float]:
-    """The steps after `start` until the end or a signal: the last one, its state, the seconds."""
+    run: Run, at: Place, log: metrics.Metrics, checkpoints: Checkpoints, signals: Sequence[int]
+) -> Place:
+    """The steps after a place, until the end or a signal."""
+    start, state, seconds = at
     train_step, pending, step, (size, unit) = run.compile(), [], start, run.units
     rate: Any = optimizers.schedule(run.record["learning_rate"], run.steps)
     sharding = mesh.batch_sharding(run.state)
