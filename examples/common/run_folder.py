@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import grain
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
@@ -93,7 +92,7 @@ class Checkpoints:
             item_handlers={"state": ocp.StandardCheckpointHandler(), "progress": json_handler},
         )
 
-    def save(self, step: int, state: Any, batches: grain.DatasetIterator, seconds: float) -> None:
+    def save(self, step: int, state: Any, batches: Any, seconds: float) -> None:
         """Writes in the background what `restore` needs."""
         progress = {"record": self.record, "data": batches.get_state(), "seconds": seconds}
         progress |= {"sums": list(map(int, sums(state)))}
@@ -115,7 +114,7 @@ class Checkpoints:
             words = f"a checkpoint could not be written to {folder}: {reason(error)}"
             raise OSError(f"{words}; those there are good: {good}") from None
 
-    def restore(self, state: Any, batches: grain.DatasetIterator) -> tuple[int, Any, float] | None:
+    def restore(self, state: Any, batches: Any) -> tuple[int, Any, float] | None:
         """Step, state and seconds of the last checkpoint that can be read; None if there is none.
 
         Moves the batches to their place then. Deletes what cannot be read once another could: the

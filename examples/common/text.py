@@ -22,7 +22,6 @@ END = "\0"  # of a document: no text holds it
 CONFIGS = {"allenai/c4": "en"}  # of data sets that want one: that of the GaLore protocol
 SAMPLE = 10_000  # documents of a stream that a tokenizer learns from
 HELD_OUT = 1_000  # those that it validates with
-SHUFFLED = 4_096  # windows of a stream that are shuffled among each other
 
 
 class Tokenizer:
@@ -59,9 +58,7 @@ def make_tokenizer(spec: str, texts: Iterable[str]) -> Tokenizer:
     return Tokenizer(tokenizers.Tokenizer.from_str(bpe.to_str()))
 
 
-def load(
-    options: Any, earlier: Path | None
-) -> tuple[Tokenizer, grain.DatasetIterator[np.ndarray], np.ndarray]:
+def load(options: Any, earlier: Path | None) -> tuple[Tokenizer, Any, np.ndarray]:
     """Tokenizer, batches and validation windows, as pretrain.py's options ask for them.
 
     `earlier` is the file of the tokenizer of the run that it goes on with.
@@ -77,15 +74,14 @@ def load(
         tokenizer = Tokenizer(tokenizers.Tokenizer.from_file(str(earlier)))
     tokenizer = tokenizer or make_tokenizer(options.tokenizer, training)
     if rows is not None:
-        seen = StreamedWindows(rows.repeat(None), tokenizer.encode, length)
-        shuffle = grain.experimental.WindowShuffleIterDataset
-        seen = shuffle(seen, window_size=SHUFFLED, seed=options.seed)
+        batches = Stream(rows, tokenizer.encode, options)
     else:
-        seen = shuffled(windows(tokenizer.encode(training), length, "training"), options.seed)
+        seen = windows(tokenizer.encode(training), length, "training")
+        batches = shuffled(seen, options.seed).batch(options.batch)
+        batches = iter(batches.map(lambda x: x.astype(np.int32)))
     held_out = windows(tokenizer.encode(validation), length, "validation")
     spread = np.linspace(0, len(held_out) - 1, min(options.eval_windows, len(held_out)), dtype=int)
-    batches = seen.batch(options.batch).map(lambda x: x.astype(np.int32))
-    return tokenizer, iter(batches), held_out[spread].astype(np.int32)
+    return tokenizer, batches, held_out[spread].astype(np.int32)
 
 
 def read(path: Path | None) -> dict[str, str]:
@@ -155,34 +151,30 @@ def stream(spec: str) -> tuple[Any, list[str]]:
     return training, [row["text"] for row in held_out]
 
 
-class StreamedWindows(grain.IterDataset[np.ndarray]):
-    """Rows of text as windows of tokens."""
+class Stream:
+    """Batches of windows of rows of text, without end; `datasets` keeps the place in them."""
 
-    def __init__(self, *made_of: Any):
-        super().__init__()
-        self.made_of = made_of
+    def __init__(self, rows: Any, encode: Callable[[list[str]], np.ndarray], options: Any):
+        def cut(texts: list[str], indices: list[int]) -> dict[str, np.ndarray]:
+            """Windows of some documents in another order; the last is filled up from the first."""
+            tokens, size = encode(texts), options.length + 1
+            windows = np.resize(tokens, (-(-len(tokens) // size), size))
+            rng = np.random.default_rng([options.seed, indices[0]])
+            return {"windows": rng.permutation(windows).astype(np.int32)}
 
-    def __iter__(self) -> grain.DatasetIterator[np.ndarray]:
-        return StreamedIterator(*self.made_of)
-
-
-class StreamedIterator(grain.DatasetIterator[np.ndarray]):
-    """Its state is the place in the rows, as `datasets` has it, and the tokens left over."""
-
-    def __init__(self, rows: Any, encode: Callable[[list[str]], np.ndarray], length: int):
-        super().__init__()
-        self.rows, self.encode, self.length = rows, encode, length
-        self.iterator, self.left = iter(rows), np.array([], np.int32)
+        rows = rows.select_columns("text").repeat(None)
+        how = {"batched": True, "with_indices": True, "remove_columns": "text"}
+        self.rows = rows.map(cut, input_columns="text", **how).batch(options.batch)
+        self.iterator = iter(self.rows)
 
     def __next__(self) -> np.ndarray:
-        while len(self.left) <= self.length:
-            self.left = np.append(self.left, self.encode([next(self.iterator)["text"]]))
-        window, self.left = np.split(self.left, [self.length + 1])
-        return window
+        return np.array(next(self.iterator)["windows"], np.int32)
 
     def get_state(self) -> dict[str, Any]:
-        return {"rows": self.rows.state_dict(), "left": self.left.tolist()}
+        """The place, as JSON."""
+        return self.rows.state_dict()
 
     def set_state(self, state: dict[str, Any]) -> None:
-        self.rows.load_state_dict(state["rows"])
-        self.iterator, self.left = iter(self.rows), np.array(state["left"], np.int32)
+        """Goes to a place."""
+        self.rows.load_state_dict(state)
+        self.iterator = iter(self.rows)

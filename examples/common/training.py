@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import grain
 import jax
 import optax
 from common import mesh, metrics, optimizers
@@ -48,7 +47,7 @@ class Run(NamedTuple):
     eval_every: int
     save_every: int
     units: tuple[int, str]  # of a step: 2048, "tokens"
-    batches: grain.DatasetIterator
+    batches: Any  # an iterator with get_state and set_state, as those of grain
     init: Callable[[], State]
     state: State  # shapes, dtypes and shardings of what `init` gives
     loss: Callable[..., jax.Array]  # of parameters and a batch
