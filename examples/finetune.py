@@ -46,9 +46,9 @@ class Config(optimizers.Options, run_folder.RunOptions):
 
     # Folder with config.json, model.safetensors and tokenizer.json, or the name of one on the hub.
     model: str
-    task: glue.Name = "rte"  # Of GLUE.
+    task: glue.Name = "rte"  # What it learns.
     data: Path | None = None  # A folder with the task's TSV files [the hub].
-    # At a rank of 8 where no other is given. lora: AdamW on an addend of low rank to each matrix.
+    # What trains it, at rank 8 by default; lora is AdamW on an addend of low rank to each matrix.
     optimizer: optimizers.Name | Literal["lora"] = "sumo"
     epochs: int = 3  # Times round the training rows.
     batch: int = 32  # Rows in a step.
@@ -73,7 +73,13 @@ def parse(argv: Sequence[str] | None) -> Config:
 def prepare(config: Config) -> training.Run:
     """A run, having found out that it can be made."""
     out = run_folder.choose(config, Path("runs") / f"{config.task}-{config.optimizer}")
-    arguments, task = complete(config), glue.TASKS[config.task]
+    # LoRA's arguments are those of AdamW.
+    lora, task = config.optimizer == "lora", glue.TASKS[config.task]
+    name, given = (
+        ("adamw", dataclasses.replace(config, rank=None)) if lora else (config.optimizer, config)
+    )
+    rates = LEARNING_RATES | {"adamw": LEARNING_RATES[config.optimizer]} if lora else LEARNING_RATES
+    arguments = optimizers.complete(name, given, RANK, rates=rates)
     rows = glue.load(config.task, config.data)
     folder = Path(config.model)
     if not folder.exists():
@@ -92,7 +98,6 @@ def prepare(config: Config) -> training.Run:
         raise ValueError(f"--batch {config.batch} is more than the {count} training rows")
     steps = config.epochs * per_epoch
     params, logits = model(folder, shape, max(1, task.classes), config)
-    name = "adamw" if config.optimizer == "lora" else config.optimizer
     tx = optimizers.create(name, steps, arguments)
     init, predict = lambda: State(params, tx.init(params)), jax.jit(logits)
 
@@ -126,14 +131,6 @@ def prepare(config: Config) -> training.Run:
         validate=validate,
         write_tokenizer=lambda path: tokenizer.save(str(path)),
     )
-
-
-def complete(config: Config) -> dict[str, Any]:
-    """The optimizer's arguments; LoRA's are those of AdamW."""
-    if config.optimizer != "lora":
-        return optimizers.complete(config.optimizer, config, RANK, rates=LEARNING_RATES)
-    given = dataclasses.replace(config, rank=None)
-    return optimizers.complete("adamw", given, RANK, rates={"adamw": LEARNING_RATES["lora"]})
 
 
 def model(

@@ -36,9 +36,9 @@ TINY = PRESETS["tiny"]
 class Config(optimizers.Options, run_folder.RunOptions):
     """Pre-train a LLaMA-style language model."""
 
-    # Of the defaults of the model's shape, the steps, batch and length.
+    # The model whose shape, steps, batch and length are the defaults.
     preset: Literal["tiny", "60m", "130m", "350m", "1b", "7b"] = "tiny"
-    optimizer: optimizers.Name = "sumo"  # At a rank of width / 4 where no other is given.
+    optimizer: optimizers.Name = "sumo"  # What trains it; its rank is width / 4 by default.
     width: int = TINY.width  # Width of the model.
     hidden: int = TINY.hidden  # Hidden width of SwiGLU.
     heads: int = TINY.heads  # Attention heads.
@@ -51,7 +51,7 @@ class Config(optimizers.Options, run_folder.RunOptions):
     eval_windows: int = 256  # Windows of the validation text to validate with.
     steps: int = TINY.steps  # Steps to train.
     seed: int = 0  # Of the initial parameters and the order of the data.
-    subspace_gradients: bool = False  # Whole ones for refreshes alone: for sumo and mofasgd.
+    subspace_gradients: bool = False  # Take whole ones at refreshes alone: sumo, mofasgd.
     fused: bool = False  # Update layers in the backward pass; clip by the norm of the step before.
     mesh: str | None = None  # How devices share the work: data=N,fsdp=N,tensor=N [one device].
     coordinator: str | None = None  # HOST:PORT of the first process [a job scheduler's].

@@ -1,7 +1,4 @@
-"""Several devices, and several processes as SLURM, Open MPI, Kubernetes or TPU pods start them.
-
-On a mesh parameters and batches are data, fsdp and tensor parallel.
-"""
+"""Devices of a mesh (data, fsdp, tensor parallel), and processes as job schedulers start them."""
 
 import math
 import os
@@ -28,9 +25,7 @@ def parse(text: str | None) -> Mesh:
     for part in text.split(",") if text else ():
         name, _, size = part.partition("=")
         if name not in sizes or not size.isdecimal() or int(size) < 1:
-            raise ValueError(
-                f"--mesh takes data=N,fsdp=N,tensor=N with each N at least 1, got {text!r}"
-            )
+            raise ValueError(f"--mesh takes data=N,fsdp=N,tensor=N, N at least 1, got {text!r}")
         sizes[name] = int(size)
     count, devices = math.prod(sizes.values()), jax.devices() if text else jax.local_devices()[:1]
     if count != len(devices):

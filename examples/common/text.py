@@ -36,9 +36,8 @@ class Tokenizer:
         ended = [text + END for text in texts]
         if self.bpe is None:
             return np.frombuffer("".join(ended).encode(), np.uint8)
-        return np.concatenate(
-            [np.array(x.ids, np.int32) for x in self.bpe.encode_batch_fast(ended)]
-        )
+        encodings = self.bpe.encode_batch_fast(ended)
+        return np.concatenate([np.array(x.ids, np.int32) for x in encodings])
 
     def write(self, path: Path) -> None:
         """Keeps what a trained model is of no use without."""
@@ -59,10 +58,7 @@ def make_tokenizer(spec: str, texts: Iterable[str]) -> Tokenizer:
 
 
 def load(options: Any, earlier: Path | None) -> tuple[Tokenizer, Any, np.ndarray]:
-    """Tokenizer, batches and validation windows, as pretrain.py's options ask for them.
-
-    `earlier` is the file of the tokenizer of the run that it goes on with.
-    """
+    """Tokenizer, `earlier`'s if there is one, batches and validation windows for pretrain.py."""
     rows, data, length = None, options.data, options.length
     if data and data.startswith("hf:"):
         rows, validation = stream(data[3:])
