@@ -14,7 +14,6 @@ from typing import Any, Literal
 # LAPACK's threads and XLA's wait for each other; must be said before LAPACK is loaded.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,6 +82,8 @@ def prepare(config: Config) -> training.Run:
     rows = glue.load(config.task, config.data)
     folder = Path(config.model)
     if not folder.exists():
+        import huggingface_hub
+
         files = ["config.json", "model.safetensors", "tokenizer.json"]
         try:
             folder = Path(huggingface_hub.snapshot_download(config.model, allow_patterns=files))

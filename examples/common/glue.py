@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import datasets
 import grain
 import numpy as np
 import tokenizers
 from common import text
+from grain import experimental
 from scipy import stats
 from sklearn import metrics
 
@@ -60,6 +60,8 @@ def load(name: str, data: Path | None) -> Iterator[Rows]:
     if data is not None:
         yield from (read_tsv(task, data / f"{file}.tsv") for file in ("train", f"dev{matched}"))
         return
+    import datasets  # takes seconds
+
     for split in ("train", f"validation{matched}"):
         rows = datasets.load_dataset(HUB, name, split=split)
         texts = list(zip(*(rows[column] for column in task.hub_texts), strict=True))
@@ -97,16 +99,29 @@ def tokenized(rows: Rows, tokenizer: tokenizers.Tokenizer, length: int) -> Examp
     return {name: array(theirs) for name, theirs in names.items()} | {"labels": labels}
 
 
-def cut(batch: Examples) -> Examples:
-    """Without most of the padding: up to a multiple of 32 tokens, each of which is compiled."""
-    end = -(-batch["mask"].sum(1).max() // 32) * 32
-    return {name: x[:, :end] if x.ndim == 2 else x for name, x in batch.items()}
+class ByLength(experimental.FlatMapTransform):
+    """A pool of rows as batches of like length, without most of the padding."""
+
+    def __init__(self, examples: Examples, batch: int, count: int):
+        self.examples, self.batch, self.max_fan_out = examples, batch, count  # batches in a pool
+
+    def flat_map(self, element: np.ndarray) -> list[Examples]:
+        batches, lengths = [], self.examples["mask"][element].sum(1)
+        for some in np.argsort(lengths, kind="stable").reshape(-1, self.batch):
+            # Up to the next multiple of 32 tokens: a program for each such is compiled.
+            rows, end = element[some], -(-lengths[some].max() // 32) * 32
+            cut = lambda x, rows=rows, end=end: x[rows, :end] if x.ndim == 2 else x[rows]
+            batches.append({name: cut(x) for name, x in self.examples.items()})
+        return batches
 
 
 def batches(examples: Examples, *, batch: int, seed: int) -> grain.DatasetIterator:
-    """Batches without end, in another order each time round."""
-    order = text.shuffled(range(len(examples["labels"])), seed).batch(batch)
-    return iter(order.map(lambda rows: cut({name: x[rows] for name, x in examples.items()})))
+    """Batches without end, in another order each time round, of rows of like length."""
+    total = len(examples["labels"])
+    # Pools of a quarter of all rows at most, so that other rows meet each time round.
+    count = max(1, min(8, total // (4 * batch)))
+    pools = text.shuffled(range(total), seed).batch(count * batch)
+    return iter(experimental.FlatMapIterDataset(pools, ByLength(examples, batch, count)))
 
 
 def score(task: Task, labels: np.ndarray, logits: np.ndarray) -> dict[str, float]:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import datasets
 import grain
 import numpy as np
 import tokenizers
@@ -133,6 +132,8 @@ def stream(spec: str) -> tuple[Any, list[str]]:
     They are the first of the validation split, if there is one, else the first of all. The name is
     that of a data set of the hub, or of a folder that `load_dataset` can read.
     """
+    import datasets  # takes seconds
+
     name, _, config = spec.partition(":")
     config = config or CONFIGS.get(name)
     load = lambda split: datasets.load_dataset(name, config, split=split, streaming=True)
