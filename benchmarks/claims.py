@@ -26,10 +26,10 @@ from matplotlib.figure import Figure
 import sumo_optax
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-import optimizers
 import record
 import subspace
 import sweep
+from common import optimizers
 
 PUBLISHED = "sumo as published"
 RATES = {"sumo": 1.5e-2, PUBLISHED: 1e-2}  # the convergence study's best

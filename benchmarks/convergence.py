@@ -161,7 +161,7 @@ def timed(config: Config, name: str) -> dict[str, Any]:
     """A training step of an entry."""
     argv = ["--out", str(config.runs / "timed"), "--overwrite"]
     argv += arguments(config, name, STUDY[name].rate, seed=0)
-    run = pretrain.prepare(pretrain.parse(argv)).run
+    run = pretrain.prepare(pretrain.parse(argv))
     return {"entry": name, "train_step_ms": round(sweep.step_ms(run, run.compile(), steps=50), 1)}
 
 

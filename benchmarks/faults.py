@@ -29,7 +29,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import record
-import run_folder
+from common import run_folder
 
 ROOT = Path(__file__).parents[1]
 
@@ -165,7 +165,7 @@ def break_once(
 def parameters(config: Config, out: Path) -> list[bytes]:
     """All parameters that a run ended with."""
     arguments = ocp.args.Composite(state=ocp.args.StandardRestore())
-    checkpoints = run_folder.Checkpoints(out)
+    checkpoints = run_folder.Checkpoints(out, {})
     state = checkpoints.manager.restore(config.steps, args=arguments)["state"]
     checkpoints.close()
     return [x.tobytes() for x in map(jax.device_get, jax.tree.leaves(state["params"]))]

@@ -24,9 +24,9 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import finetune
-import glue
 import record
 import sweep
+from common import glue
 
 RATES = [float(f"{digit}e{power}") for power in range(-5, 0) for digit in (1, 2, 5)]
 SEEDS = range(5)
@@ -94,10 +94,9 @@ def run(config: Config, task: str, name: str, rate: float, seed: int) -> dict[st
     """One training run."""
     out = config.runs / task / f"{name.replace(', ', '-').replace(' ', '-')}-{rate:g}-{seed}"
     summary = sweep.train(finetune, out, arguments(config, task, name, rate, seed))
-    last = summary["epochs"][-1]
     return {
-        "score": last[glue.find(task).metrics[0]],
-        "validation_loss": last["validation_loss"],
+        "score": summary[glue.TASKS[task].metrics[0]],
+        "validation_loss": summary["validation_loss"],
         "state_bytes": summary["state_bytes"],
     }
 
@@ -128,7 +127,7 @@ def timed(config: Config, name: str) -> dict[str, Any]:
     """A training step of an entry, and all memory that it takes."""
     argv = arguments(config, SWEPT_TASK, name, STUDY[name].rate, seed=0)
     argv += ["--out", str(config.runs / "timed"), "--overwrite"]
-    run = finetune.prepare(finetune.parse(argv)).run
+    run = finetune.prepare(finetune.parse(argv))
     lazy: Any = run.compile()
     step = lazy.lower(1, run.state, next(run.batches)).compile()
     memory = step.memory_analysis()

@@ -24,7 +24,7 @@ import sumo_optax
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import record
-from llama import PRESETS, Llama, LlamaConfig
+from common.llama import PRESETS, Llama, LlamaConfig
 
 
 @dataclasses.dataclass(frozen=True)

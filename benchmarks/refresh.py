@@ -16,9 +16,9 @@ import tyro
 import sumo_optax
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-import optimizers
 import record
 import subspace
+from common import optimizers
 
 
 @dataclasses.dataclass(frozen=True)

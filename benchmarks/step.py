@@ -27,7 +27,7 @@ import sumo_optax
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import record
-from llama import PRESETS
+from common.llama import PRESETS
 
 PERIODIC = "side=long, refreshed every 200, residual=None"
 STAGGERED = "staggered"

@@ -18,9 +18,9 @@ import tyro
 import sumo_optax
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-import optimizers
 import pretrain
 import record
+from common import optimizers
 
 # Of the matrices, twice the best and so harder to follow; of the other leaves.
 RATES = 1e-2, 5e-3
@@ -96,19 +96,19 @@ def training(
 ) -> Iterator[tuple[jax.Array, Any, Any, Any]]:
     """Steps of the example with this optimizer: loss, gradients, and its state before and after."""
     argv = ["--steps", str(steps), "--out", "runs/subspace", "--overwrite", *arguments.split()]
-    pretraining = pretrain.prepare(pretrain.parse(argv))
-    params = pretraining.run.init().params
+    run = pretrain.prepare(pretrain.parse(argv))
+    params = run.init().params
     state = tx.init(params)
 
     @jax.jit
     def step(params, state, windows):
-        loss, grads = jax.value_and_grad(pretraining.loss)(params, windows)
+        loss, grads = jax.value_and_grad(run.loss)(params, windows)
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state, loss, grads
 
     for _ in range(steps):
         before = state
-        params, state, loss, grads = step(params, state, next(pretraining.corpus.batches))
+        params, state, loss, grads = step(params, state, next(run.batches))
         yield loss, grads, before, state
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import record
-import training
+from common import training
 
 Key = tuple[Any, ...]
 

@@ -1,6 +1,7 @@
 """A LLaMA's training step as shapes: what to compile, without making any of it.
 
-The block is that of `examples/llama.py` in bfloat16 or float32, but for the rotation of positions.
+The block is that of `examples/common/llama.py` in bfloat16 or float32, but for the rotation of
+positions.
 """
 
 import dataclasses

@@ -2,45 +2,27 @@
 
 python examples/finetune.py --model sentence-transformers/all-MiniLM-L6-v2 --task rte
 python examples/finetune.py --model my_bert --task mrpc --data glue/MRPC --optimizer adamw
-
-A model is a folder with config.json, model.safetensors and tokenizer.json, or the name of one on
-the Hugging Face hub.
 """
 
 import dataclasses
-import functools
-import json
-import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, Literal
 
 # LAPACK's threads and XLA's wait for each other; must be said before LAPACK is loaded.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-import bert
-import command_line
-import glue
-import hub
 import jax
 import jax.numpy as jnp
-import loggers
-import lora
 import numpy as np
 import optax
-import optimizers
-import run_folder
 import tokenizers
-import training
 import tyro
+from common import bert, glue, mesh, optimizers, run_folder, training
+from common.training import State
 from flax import nnx
-from options import SETTINGS, RunOptions, optional
-from plot import plot_losses
-from training import State
-
-import sumo_optax
 
 # name: learning rate, and that of the Adam for leaves that are no matrices. As swept
 # for all-MiniLM-L6-v2 by benchmarks/finetuning.py; online_subspace_descent and muon guessed.
@@ -54,188 +36,143 @@ LEARNING_RATES = {
     "lora": (2e-3, 2e-3),
 }
 RANK = 8
+Batch = Mapping[str, jax.Array]
 
 
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """What the defaults of the optimizer's arguments come from."""
-
-    optimizer: Annotated[str, tyro.conf.arg(metavar="|".join(LEARNING_RATES))] = "sumo"
-    """What trains it. lora is AdamW on an addend of low rank to each matrix."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """What is trained on what."""
-
-    model: str
-    """A folder in the form of Hugging Face, or the name of one on its hub."""
-    task: Annotated[str, tyro.conf.arg(metavar="|".join(glue.TASKS))] = "rte"
-    """What it learns."""
-    data: Annotated[Path | None, optional("FOLDER", "the hub")] = None
-    """A folder with the task's TSV files."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Training:
-    """How long it is trained, and in which batches."""
-
-    epochs: int = 3
-    """Times round the training rows."""
-    batch: int = 32
-    """Rows in a step."""
-    length: int = 128
-    """Tokens of a row; longer ones are cut."""
-    seed: int = 0
-    """Of the classifier, the order of the rows, and dropout."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Config(Choice):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(optimizers.Options, run_folder.RunOptions):
     """Fine-tune a BERT on a task of GLUE."""
 
-    optimization: optimizers.Arguments = optimizers.Arguments()
-    task: Task = Task(model=tyro.MISSING)
-    training: Training = Training()
-    output: RunOptions = RunOptions()
+    # Folder with config.json, model.safetensors and tokenizer.json, or the name of one on the hub.
+    model: str
+    task: glue.Name = "rte"  # What it learns.
+    data: Path | None = None  # A folder with the task's TSV files [the hub].
+    # What trains it, at rank 8 by default; lora is AdamW on an addend of low rank to each matrix.
+    optimizer: optimizers.Name | Literal["lora"] = "sumo"
+    epochs: int = 3  # Times round the training rows.
+    batch: int = 32  # Rows in a step.
+    length: int = 128  # Tokens of a row; longer ones are cut.
+    seed: int = 0  # Of the classifier, the order of the rows, and dropout.
 
 
 # A resumed run must be given all else as it was; what is set is among the optimizer's arguments.
-FREE = ("out", "resume", "overwrite", "tensorboard", "wandb", "set")
+FREE = {"set", *vars(run_folder.RunOptions())}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the program; its exit codes are those of `command_line.run`."""
-
-    def prepared() -> Finetuning:
-        finetuning = prepare(command_line.check(parse(argv)))
-        training.look(finetuning.run)
-        print_plan(finetuning)
-        return finetuning
-
-    return command_line.run(prepared, train)
+    """Runs the program; its exit codes are those of `training.main`."""
+    return training.main(lambda: prepare(parse(argv)))
 
 
 def parse(argv: Sequence[str] | None) -> Config:
-    """The command line as a Config; what it leaves out of the optimizer is the optimizer's."""
-    with command_line.in_one_line():
-        chosen, _ = tyro.cli(Choice, args=argv, return_unknown_args=True, add_help=False)
-        options = complete(chosen.optimizer, optimizers.Arguments())
-        if chosen.optimizer == "lora":
-            options["rank"] = RANK
-        default = Config(chosen.optimizer, optimizers.shown(options))
-        return tyro.cli(Config, args=argv, default=default, config=SETTINGS)
+    """The command line as a Config."""
+    return tyro.cli(Config, args=argv, config=(tyro.conf.FlagCreatePairsOff,))
 
 
-class Finetuning(NamedTuple):
-    """A run, and what it is made of."""
-
-    config: Config
-    options: dict[str, Any]  # of the optimizer
-    examples: glue.Examples  # to train on
-    tx: optax.GradientTransformation
-    run: training.Run
-
-
-def prepare(config: Config) -> Finetuning:
+def prepare(config: Config) -> training.Run:
     """A run, having found out that it can be made."""
-    out = run_folder.choose(
-        config.output.out,
-        Path("runs") / f"{config.task.task}-{config.optimizer}",
-        resume=config.output.resume,
-        overwrite=config.output.overwrite,
+    out = run_folder.choose(config, Path("runs") / f"{config.task}-{config.optimizer}")
+    # LoRA's arguments are those of AdamW.
+    lora, task = config.optimizer == "lora", glue.TASKS[config.task]
+    name, given = (
+        ("adamw", dataclasses.replace(config, rank=None)) if lora else (config.optimizer, config)
     )
-    loggers.check(config.output)
-    options = complete(config.optimizer, config.optimization)
-    task = glue.find(config.task.task)
-    rows = glue.load(config.task.task, config.task.data)
-    folder = Path(config.task.model)
+    rates = LEARNING_RATES | {"adamw": LEARNING_RATES[config.optimizer]} if lora else LEARNING_RATES
+    arguments = optimizers.complete(name, given, RANK, rates=rates)
+    rows = glue.load(config.task, config.data)
+    folder = Path(config.model)
     if not folder.exists():
-        folder = hub.download(config.task.model)
+        import huggingface_hub
+
+        files = ["config.json", "model.safetensors", "tokenizer.json"]
+        try:
+            folder = Path(huggingface_hub.snapshot_download(config.model, allow_patterns=files))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--model {config.model} is no folder; the hub: {error}") from None
     shape = bert.read_config(folder)
-    if config.training.length > shape.positions:
-        raise ValueError(
-            f"--length {config.training.length} is more than the {shape.positions} positions of the"
-            " model"
-        )
-    tokenizer = read_tokenizer(folder)
-    examples, validation = (glue.Examples(x, tokenizer, config.training.length) for x in rows)
-    if len(examples) < config.training.batch:
-        raise ValueError(
-            f"--batch {config.training.batch} is more than the {len(examples)} training rows"
-        )
-    per_epoch = len(examples) // config.training.batch
-    steps = config.training.epochs * per_epoch
+    if config.length > (limit := shape.max_position_embeddings):
+        raise ValueError(f"--length {config.length} is more than the model's {limit} positions")
+    tokenizer = read_tokenizer(folder / "tokenizer.json")
+    examples, validation = (glue.tokenized(x, tokenizer, config.length) for x in rows)
+    per_epoch = (count := len(examples["labels"])) // config.batch
+    if not per_epoch:
+        raise ValueError(f"--batch {config.batch} is more than the {count} training rows")
+    steps = config.epochs * per_epoch
+    params, logits = model(folder, shape, max(1, task.classes), config)
+    tx = optimizers.create(name, steps, arguments)
+    init, predict = lambda: State(params, tx.init(params)), jax.jit(logits)
 
-    params, logits = model(folder, shape, max(1, len(task.labels)), config)
-    name = "adamw" if config.optimizer == "lora" else config.optimizer
-    tx = optimizers.create(name, steps, options)
-    init = lambda: State(params, tx.init(params))
-    predict = jax.jit(logits)
-
-    def loss(params: Any, batch: Mapping[str, jax.Array], dropout: jax.Array) -> jax.Array:
+    def loss(params: Any, batch: Batch, dropout: jax.Array) -> jax.Array:
         return mean_loss(task, logits(params, batch, dropout), batch["labels"])
 
-    given = {k: v for k, v in command_line.flat(config).items() if k not in FREE}
-    what = given | options | {"data": str(config.task.data)}
-    run = training.Run(
+    def validate(params: Any) -> dict[str, float]:
+        labels = validation["labels"]
+        rows = (slice(i, i + config.batch) for i in range(0, len(labels), config.batch))
+        parts = ({name: x[some] for name, x in validation.items()} for some in rows)
+        found = np.concatenate([predict(params, part) for part in parts])
+        loss = float(mean_loss(task, jnp.asarray(found), jnp.asarray(labels)))
+        return {"validation_loss": loss} | glue.score(task, labels, found)
+
+    devices = mesh.parse(None)
+    given = {name: x for name, x in vars(config).items() if name not in FREE}
+    return training.Run(
         out=out,
-        record=what,
-        resume=config.output.resume,
-        overwrite=config.output.overwrite,
+        options=config,
+        record=given | arguments | {"data": str(config.data)},
+        tx=tx,
         steps=steps,
         eval_every=per_epoch,
         save_every=per_epoch,
-        units=(config.training.batch, "rows"),
-        batches=glue.batches(examples, batch=config.training.batch, seed=config.training.seed),
-        batch_sharding=None,
+        units=(config.batch, "rows"),
+        batches=glue.batches(examples, batch=config.batch, seed=config.seed),
         init=init,
-        state=training.on_one_device(jax.eval_shape(init)),
-        compile=lambda: compiled(tx, loss, config.training.seed),
-        validate=lambda params: evaluate(task, predict, params, validation, config.training.batch),
-        tell=lambda step, found: tell(step / per_epoch, found),
+        state=State(*mesh.abstract_state(devices, tx, jax.eval_shape(lambda: params))),
+        loss=loss,
+        compile=lambda: step_function(tx, loss, config.seed),
+        validate=validate,
         write_tokenizer=lambda path: tokenizer.save(str(path)),
-        learning_rates=optimizers.learning_rates(options, steps),
-        loggers=functools.partial(loggers.opened, config.output, out, what),
     )
-    return Finetuning(config, options, examples, tx, run)
-
-
-def complete(name: str, given: optimizers.Arguments) -> dict[str, Any]:
-    """The optimizer's arguments; LoRA's are those of AdamW."""
-    command_line.choose("unknown optimizer", name, LEARNING_RATES)
-    if name != "lora":
-        return optimizers.complete(name, given, rank=RANK, rates=LEARNING_RATES)
-    given = dataclasses.replace(given, rank=None)
-    rates = {"adamw": LEARNING_RATES["lora"]}
-    return optimizers.complete("adamw", given, rank=RANK, rates=rates)
 
 
 def model(
-    folder: Path, shape: bert.BertConfig, classes: int, config: Config
+    folder: Path, shape: Any, classes: int, config: Config
 ) -> tuple[Any, Callable[..., jax.Array]]:
     """What is trained, as it is at first, and the logits from it, a batch and a key of dropout."""
-    blank = bert.Bert(shape, classes, nnx.Rngs(config.training.seed))
-    graph = nnx.graphdef(blank)
-    params = bert.read_weights(folder, nnx.to_pure_dict(nnx.state(blank, nnx.Param)))
-    merge: Callable[[Any], Any] = lambda params: params
+    rngs = nnx.Rngs(config.seed)
+    module = bert.Bert(shape, classes, rngs)
+    state = nnx.state(module, nnx.Param)
+    nnx.replace_by_pure_dict(state, bert.read_weights(folder, nnx.to_pure_dict(state)))
+    nnx.update(module, state)
+    trained = nnx.Param
     if config.optimizer == "lora":
-        rank = optimizers.integer("lora", config.optimization.rank or RANK)
-        params, merge = lora.split(params, rank, jax.random.key(config.training.seed))
+        rank = config.rank or RANK
+        if not isinstance(rank, int):
+            raise ValueError(f"lora takes an integer as its --rank, got {rank}")
+        add_lora(module, rank, rngs)
+        trained = nnx.Any(nnx.LoRAParam, *map(nnx.PathContains, bert.HEADS))
+    graph, params, frozen = nnx.split(module, trained, ...)
 
-    def logits(
-        params: Any, batch: Mapping[str, jax.Array], dropout: jax.Array | None = None
-    ) -> jax.Array:
+    def logits(params: Any, batch: Batch, dropout: jax.Array | None = None) -> jax.Array:
         rngs = None if dropout is None else nnx.Rngs(dropout)
-        bert_now = nnx.merge(graph, merge(params))
+        bert_now = nnx.merge(graph, params, frozen)
         return bert_now(batch["tokens"], batch["types"], batch["mask"], rngs)
 
-    return params, logits
+    return nnx.to_pure_dict(params), logits
 
 
-def read_tokenizer(folder: Path) -> tokenizers.Tokenizer:
+def add_lora(module: bert.Bert, rank: int, rngs: nnx.Rngs) -> None:
+    """Adds A B (arXiv 2106.09685) to each matrix: A random with variance 1/m, B zero at first."""
+    start = nnx.initializers.variance_scaling(1.0, "fan_in", "normal")
+    for part in (part for block in module.layers for part in (block, block.attention)):
+        for name, W in list(vars(part).items()):
+            if isinstance(W, nnx.Linear):
+                sizes = (W.in_features, rank, W.out_features)
+                added = nnx.LoRA(*sizes, base_module=W, a_initializer=start, rngs=rngs)
+                setattr(part, name, added)
+
+
+def read_tokenizer(path: Path) -> tokenizers.Tokenizer:
     """The tokenizer in a Hugging Face folder."""
-    path = folder / "tokenizer.json"
     try:
         return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the only type that it raises
@@ -244,92 +181,24 @@ def read_tokenizer(folder: Path) -> tokenizers.Tokenizer:
 
 def mean_loss(task: glue.Task, logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Cross-entropy of classes; of a score, the squared error."""
-    if not task.labels:
+    if not task.classes:
         return jnp.mean((logits[:, 0] - labels) ** 2)
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
-def compiled(
+def step_function(
     tx: optax.GradientTransformation, loss: Callable[..., jax.Array], seed: int
 ) -> training.Step:
     """A step of training; its dropout depends on seed and step alone."""
 
-    def step_function(number: int, state: State, batch: Mapping[str, jax.Array]):
+    def step(number: int, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         dropout = jax.random.fold_in(jax.random.key(seed), number)
         value, gradients = jax.value_and_grad(loss)(state.params, batch, dropout)
         updates, optimizer = tx.update(gradients, state.optimizer, state.params)
         logged = {"loss": value, "gradient_norm": optax.tree.norm(gradients)}
         return State(optax.apply_updates(state.params, updates), optimizer), logged
 
-    return jax.jit(step_function, donate_argnums=1)
-
-
-def evaluate(
-    task: glue.Task,
-    predict: Callable[[Any, Mapping[str, np.ndarray]], jax.Array],
-    params: Any,
-    examples: glue.Examples,
-    batch: int,
-) -> dict[str, float]:
-    """Loss and metrics over all examples."""
-    starts = range(0, len(examples), batch)
-    logits = np.concatenate([predict(params, examples[i : i + batch]) for i in starts])
-    labels = examples.arrays["labels"]
-    loss = {"validation_loss": float(mean_loss(task, jnp.asarray(logits), jnp.asarray(labels)))}
-    return loss | glue.score(task, labels, logits)
-
-
-def tell(epoch: float, found: Mapping[str, float]) -> str:
-    """A line on a validation."""
-    figures = (f"{name.replace('_', ' ')} {value:.4f}" for name, value in found.items())
-    return f"epoch {epoch:g}  {'  '.join(figures)}"
-
-
-def print_plan(finetuning: Finetuning) -> None:
-    """Says what will be trained, on what, and what the optimizer will hold."""
-    config, _, examples, tx, run = finetuning
-    count = sum(math.prod(x.shape) for x in jax.tree.leaves(run.state.params))
-    print(
-        f"{config.task.model}: {count:,} parameters to train\n"
-        f"{config.optimizer}: {config.training.epochs} epochs of"
-        f" {len(examples):,} rows of {config.task.task},"
-        f" {run.steps:,} steps of {config.training.batch} x {config.training.length} tokens\n"
-    )
-    print(sumo_optax.describe(tx, run.state.params), end="\n\n")
-
-
-def last_and_best(values: Sequence[float]) -> str:
-    """In words."""
-    best = int(np.argmax(values))
-    return f"{values[-1]:.4f} at the end, {values[best]:.4f} at its best, after epoch {best + 1}"
-
-
-def train(finetuning: Finetuning) -> None:
-    """Trains, draws the curves, and says how it went."""
-    config, options, _, _, run = finetuning
-    trained = training.train(run)
-    rank = f", rank {options['rank']}" if "rank" in options else ""
-    title = f"{config.task.task}, {config.optimizer}{rank}"
-    task = glue.find(config.task.task)
-    unit = "nats" if task.labels else "squared error"
-    plot_losses(trained.rows, title, unit, run.out / "loss.png")
-    epochs = [row for row in trained.rows if "validation_loss" in row]
-    figures = ("validation_loss", *task.metrics)
-    summary = {
-        "epochs": [{name: row[name] for name in figures} for row in epochs],
-        "seconds": trained.seconds,
-        "state_bytes": sum(x.nbytes for x in jax.tree.leaves(trained.state.optimizer)),
-    }
-    (run.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    lines = {
-        "trained": f"{run.steps:,} steps, {trained.seconds:,.0f} s",
-        **{name: last_and_best([row[name] for row in epochs]) for name in task.metrics},
-        "optimizer state": f"{summary['state_bytes'] / 2**20:,.1f} MiB",
-        "written": f"{run.out}/: metrics.jsonl, summary.json, loss.png, checkpoints/{run.steps}",
-    }
-    print()
-    for name, value in lines.items():
-        print(f"{name:>15}  {value}")
+    return jax.jit(step, donate_argnums=1)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,9 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import llama
-import mesh
-import optimizers
 import pytest
-import tokens
+from common import llama, mesh, optimizers
+from common.text import Tokenizer
 from flax import nnx
 
 import sumo_optax
@@ -47,7 +45,7 @@ def test_presets_are_those_of_pretrain():
         theirs = llama.PRESETS[name]
         assert model[1:5] == (theirs.width, theirs.hidden, theirs.layers, theirs.heads)
         assert model.query_width == model.key_width == theirs.width
-    assert _plan.PRESETS["tiny"].vocab == tokens.ByteTokenizer.vocab
+    assert _plan.PRESETS["tiny"].vocab == Tokenizer().vocab
 
 
 def test_parameters_are_those_of_the_model_of_pretrain():

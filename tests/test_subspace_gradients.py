@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from common.llama import Llama, LlamaConfig
 from flax import linen, nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from llama import Llama, LlamaConfig
 from optax.contrib import MuonDimensionNumbers
 
 import sumo_optax

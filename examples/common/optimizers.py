@@ -1,0 +1,147 @@
+"""Any optimizer by its name, all with the same schedule and the same clipping."""
+
+import ast
+import contextlib
+import dataclasses
+import inspect
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+import jax
+import optax
+import tyro
+
+import sumo_optax
+
+Name = Literal["sumo", "online_subspace_descent", "mofasgd", "galore", "muon", "adamw"]
+
+# name: learning rate, and that of the Adam for leaves that are no matrices; the first was swept for
+# `tiny` by benchmarks/convergence.py.
+LEARNING_RATES = {
+    "sumo": (3e-3, 5e-3),
+    "online_subspace_descent": (5e-3, 5e-3),
+    "mofasgd": (3e-3, 5e-3),
+    "galore": (5e-3, 5e-3),
+    "muon": (2e-2, 5e-3),
+    "adamw": (3e-3, 3e-3),
+}
+
+# Those that read no more than projected gradients between refreshes, and the form in which they do.
+SUBSPACE_GRADIENTS: dict[str, dict[str, Any]] = {
+    "sumo": {"basis": "randomized_svd", "side": "long", "residual": None, "refresh_every": 200},
+    "mofasgd": {},
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Of the optimizer that is chosen; where none is given, its own."""
+
+    learning_rate: float | None = None  # Peak of the schedule.
+    adam_learning_rate: float | None = None  # That of Adam, for leaves that are no matrices.
+    rank: int | float | None = None  # Of the subspace, or a fraction of the matrix's short side.
+    refresh_every: int | None = None  # Steps between two refreshes of the subspace.
+    weight_decay: float | None = None  # Decoupled weight decay, by default none.
+    # Any other arguments NAME=VALUE of the optimizer, such as momentum=0.95 residual=None.
+    set: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()
+
+
+def schedule(peak: float, steps: int) -> optax.Schedule:
+    """A tenth of the steps up to the peak, the others down a cosine to a tenth of it."""
+    return optax.warmup_cosine_decay_schedule(0.0, peak, steps // 10, steps, 0.1 * peak)
+
+
+def is_matrix(path: jax.tree_util.KeyPath) -> bool:
+    """Whether a leaf is one of the projections of a block."""
+    first, *_, last = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+    return (first, last) == ("layers", "kernel")
+
+
+def muon(learning_rate, *, beta=0.95, adam_learning_rate, weight_decay):
+    """Muon for the projections, AdamW for the rest."""
+    spec = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+    of_leaf = lambda path, _: spec if is_matrix(path) else None
+    return optax.contrib.muon(
+        learning_rate,
+        beta=beta,
+        weight_decay=weight_decay,
+        adam_learning_rate=adam_learning_rate,
+        adam_weight_decay=weight_decay,
+        muon_weight_dimension_numbers=lambda params: jax.tree.map_with_path(of_leaf, params),
+    )
+
+
+def galore(learning_rate, *, rank, refresh_every=200, adam_learning_rate, weight_decay):
+    """GaLore for the projections, AdamW for the rest."""
+    if not isinstance(rank, int):
+        raise ValueError(f"galore of optax takes an integer as its --rank, got {rank}")
+
+    def label(path, leaf):
+        if is_matrix(path) and leaf.ndim != 2:
+            raise ValueError("galore of optax cannot train stacked blocks; leave out --scan-layers")
+        return "galore" if is_matrix(path) else "adamw"
+
+    of_matrices = optax.contrib.galore(
+        learning_rate, rank=rank, update_proj_gap=refresh_every, weight_decay=weight_decay
+    )
+    rest = optax.adamw(adam_learning_rate, weight_decay=weight_decay)
+    labels = lambda params: jax.tree.map_with_path(label, params)
+    return optax.partition({"galore": of_matrices, "adamw": rest}, labels)
+
+
+OPTAX = {"galore": galore, "muon": muon, "adamw": optax.adamw}
+
+
+find: Any = lambda name: OPTAX.get(name) or getattr(sumo_optax, name)
+
+
+def parse(settings: Iterable[str]) -> dict[str, Any]:
+    """NAME=VALUE, each value as Python reads it or else as a word."""
+    found = {}
+    for name, equals, value in (setting.partition("=") for setting in settings):
+        if not equals:
+            raise ValueError(f"--set needs NAME=VALUE, got {name!r}")
+        found[name] = value
+        with contextlib.suppress(ValueError, SyntaxError):
+            found[name] = ast.literal_eval(value)
+    return found
+
+
+def complete(
+    name: str,
+    given: Options,
+    rank: int,
+    subspace_gradients: bool = False,
+    rates: Mapping[str, tuple[float, float]] = LEARNING_RATES,
+) -> dict[str, Any]:
+    """What is given or set, and defaults for the rest; refuses what the optimizer does not have."""
+    accepted = inspect.signature(find(name)).parameters
+    options = {field.name: getattr(given, field.name) for field in dataclasses.fields(Options)}
+    settings = parse(itertools.chain.from_iterable(options.pop("set")))
+    chosen = {option: value for option, value in options.items() if value is not None}
+    for option in chosen.keys() - accepted:
+        raise ValueError(f"{name} has no --{option.replace('_', '-')}; leave it out")
+    for option in settings.keys() - accepted:
+        raise ValueError(f"{name} has no {option!r} to --set, but {', '.join(accepted)}")
+    if subspace_gradients and name not in SUBSPACE_GRADIENTS:
+        names = " and ".join(SUBSPACE_GRADIENTS)
+        raise ValueError(f"{name} has no --subspace-gradients; {names} have")
+    known = dict(zip(("learning_rate", "adam_learning_rate"), rates[name], strict=True))
+    known |= {"rank": rank, "weight_decay": 0.0}
+    known |= SUBSPACE_GRADIENTS[name] if subspace_gradients else {}
+    return {option: x for option, x in known.items() if option in accepted} | chosen | settings
+
+
+def create(
+    name: str,
+    steps: int,
+    arguments: Mapping[str, Any],
+    clip: Callable[[float], optax.GradientTransformation] = optax.clip_by_global_norm,
+) -> optax.GradientTransformation:
+    """An optimizer after clipping to a norm of 1; its learning rates follow the schedule."""
+    scheduled = {
+        option: schedule(value, steps) if option.endswith("learning_rate") else value
+        for option, value in arguments.items()
+    }
+    return optax.chain(clip(1.0), find(name)(**scheduled))
