@@ -22,11 +22,11 @@ from typing import Any, Literal
 import convergence
 import jax
 import optax
-import optimizers
 import pretrain
 import record
 import sweep
 import tyro
+from common import optimizers
 from matplotlib.figure import Figure
 
 import sumo_optax
@@ -36,7 +36,7 @@ RUNS = sweep.Record("frontier", ("text", "arguments", "entry", "learning_rate", 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """An optimizer of examples/optimizers.py or of this file, as it is compared."""
+    """An optimizer of examples/common/optimizers.py or of this file, as it is compared."""
 
     optimizer: str
     rate: float
@@ -125,7 +125,7 @@ def muon(learning_rate, *, beta, adam_learning_rate, weight_decay, bits=None):
 
 def register() -> None:
     """Makes examples/pretrain.py know what is compared."""
-    others = {
+    others: dict[str, Any] = {
         "adamw_on_matrices": adamw,
         "lion": lion,
         "adafactor": adafactor,
@@ -169,15 +169,15 @@ def run(
     argv += ["--data", config.data] if config.data else []
     argv += ["--set", *entry.settings.split()] if entry.settings else []
     if entry.divisor:
-        width = pretrain.parse(argv).model.width
+        width = pretrain.parse(argv).width
         argv += ["--rank", str(max(1, width // entry.divisor))]
     out = config.runs / f"{list(STUDY).index(name)}-{rate:g}-{seed}"
     made = convergence.trained(out, argv)
-    prepared = pretrain.prepare(pretrain.parse(["--out", str(out), "--overwrite", *argv]))
-    leaves = sumo_optax.describe(prepared.tx, prepared.run.state.params).leaves
-    matrices = [x for x in leaves if x.path.split("/")[-2] in optimizers.MATRICES]
+    made_again = pretrain.prepare(pretrain.parse(["--out", str(out), "--overwrite", *argv]))
+    leaves = sumo_optax.describe(made_again.tx, made_again.state.params).leaves
+    matrices = [x for x in leaves if x.path.startswith("layers/") and x.path.endswith("/kernel")]
     return made | {
-        "steps": prepared.config.training.steps,
+        "steps": made_again.steps,
         "numbers": sum(math.prod(x.shape) for x in matrices),
         "matrix_bytes": sum(x.state_bytes for x in matrices),
     }

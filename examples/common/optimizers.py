@@ -90,7 +90,7 @@ def galore(learning_rate, *, rank, refresh_every=200, adam_learning_rate, weight
     return optax.partition({"galore": of_matrices, "adamw": rest}, labels)
 
 
-OPTAX = {"galore": galore, "muon": muon, "adamw": optax.adamw}
+OPTAX: dict[str, Any] = {"galore": galore, "muon": muon, "adamw": optax.adamw}
 
 
 find: Any = lambda name: OPTAX.get(name) or getattr(sumo_optax, name)
