@@ -72,23 +72,10 @@ def parse(argv: Sequence[str] | None) -> Config:
 def prepare(config: Config) -> training.Run:
     """A run, having found out that it can be made."""
     out = run_folder.choose(config, Path("runs") / f"{config.task}-{config.optimizer}")
-    # LoRA's arguments are those of AdamW.
-    lora, task = config.optimizer == "lora", glue.TASKS[config.task]
-    name, given = (
-        ("adamw", dataclasses.replace(config, rank=None)) if lora else (config.optimizer, config)
-    )
-    rates = LEARNING_RATES | {"adamw": LEARNING_RATES[config.optimizer]} if lora else LEARNING_RATES
-    arguments = optimizers.complete(name, given, RANK, rates=rates)
+    task = glue.TASKS[config.task]
+    name, arguments = complete(config)
     rows = glue.load(config.task, config.data)
-    folder = Path(config.model)
-    if not folder.exists():
-        import huggingface_hub
-
-        files = ["config.json", "model.safetensors", "tokenizer.json"]
-        try:
-            folder = Path(huggingface_hub.snapshot_download(config.model, allow_patterns=files))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"--model {config.model} is no folder; the hub: {error}") from None
+    folder = find(config.model)
     shape = bert.read_config(folder)
     if config.length > (limit := shape.max_position_embeddings):
         raise ValueError(f"--length {config.length} is more than the model's {limit} positions")
@@ -132,6 +119,28 @@ def prepare(config: Config) -> training.Run:
         validate=validate,
         write_tokenizer=lambda path: tokenizer.save(str(path)),
     )
+
+
+def complete(config: Config) -> tuple[str, dict[str, Any]]:
+    """The optimizer's name and arguments; LoRA's are AdamW's, with rates of its own."""
+    name, given, rates = config.optimizer, config, LEARNING_RATES
+    if name == "lora":
+        name, given = "adamw", dataclasses.replace(config, rank=None)
+        rates = {name: LEARNING_RATES["lora"]}
+    return name, optimizers.complete(name, given, RANK, rates=rates)
+
+
+def find(model: str) -> Path:
+    """The folder of a model, which the hub gives where there is none."""
+    if Path(model).exists():
+        return Path(model)
+    import huggingface_hub
+
+    files = ["config.json", "model.safetensors", "tokenizer.json"]
+    try:
+        return Path(huggingface_hub.snapshot_download(model, allow_patterns=files))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--model {model} is no folder; the hub: {error}") from None
 
 
 def model(

@@ -154,9 +154,8 @@ def functions(shape: LlamaConfig, tx: optax.GradientTransformation, seed: int):
 
     def evaluate(params: Any, windows: np.ndarray, batch: int) -> float:
         parts = [windows[i : i + batch] for i in range(0, len(windows), batch)]
-        return sum(len(part) * float(validation_loss(params, part)) for part in parts) / len(
-            windows
-        )
+        total = sum(len(part) * float(validation_loss(params, part)) for part in parts)
+        return total / len(windows)
 
     return init, loss, evaluate
 

@@ -370,6 +370,7 @@ def test_wrong_rows_are_one_clear_line(run, capsys, tmp_path):
     for bad, words in [
         (good.replace("\tentailment", "", 1), ["line 2", "too few columns", "sentence2"]),
         (good.replace("\tentailment", "\tmaybe", 1), ["line 2", "'maybe'", "not_entailment"]),
+        (good.replace("\tentailment", "\tcontradiction", 1), ["line 2", "'contradiction'"]),
         (good.splitlines()[0], ["no rows"]),
     ]:
         train.write_text(bad)

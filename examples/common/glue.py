@@ -70,7 +70,8 @@ def load(name: str, data: Path | None) -> Iterator[Rows]:
 
 def read_tsv(task: Task, path: Path) -> Rows:
     """The rows of a TSV file as GLUE has them: no quoting, a byte order mark or none."""
-    number, texts, labels = LABELS.__getitem__ if task.classes else float, [], []
+    known, texts, labels = {x: i for x, i in LABELS.items() if i < task.classes}, [], []
+    number = known.__getitem__ if task.classes else float
     with path.open(encoding="utf-8-sig") as file:
         rows = csv.DictReader(file, task.header, delimiter="\t", quoting=csv.QUOTE_NONE)
         try:
@@ -80,7 +81,7 @@ def read_tsv(task: Task, path: Path) -> Rows:
                 texts.append(tuple(row[column] for column in task.texts or task.hub_texts))
                 labels.append(number(row[task.label]))
         except (KeyError, ValueError, csv.Error) as error:
-            there = f"columns are {rows.fieldnames}, labels {', '.join(LABELS)}"
+            there = f"columns are {rows.fieldnames}, labels {', '.join(known)}"
             raise ValueError(f"{path}, line {rows.line_num}: {error}; {there}") from None
     if not texts:
         raise ValueError(f"{path} has no rows")

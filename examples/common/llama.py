@@ -16,7 +16,7 @@ from flax import nnx
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """The shape of a model, and on how much it trains."""
+    """The shape of a model; of a preset also how long it trains on what."""
 
     width: int
     hidden: int
