@@ -38,7 +38,8 @@ class Config(optimizers.Options, run_folder.RunOptions):
 
     # The model whose shape, steps, batch and length are the defaults.
     preset: Literal["tiny", "60m", "130m", "350m", "1b", "7b"] = "tiny"
-    optimizer: optimizers.Name = "sumo"  # What trains it; its rank is width / 4 by default.
+    # What trains it: sumo, online_subspace_descent, mofasgd, galore, muon or adamw.
+    optimizer: str = "sumo"
     width: int = TINY.width  # Width of the model.
     hidden: int = TINY.hidden  # Hidden width of SwiGLU.
     heads: int = TINY.heads  # Attention heads.

@@ -116,6 +116,8 @@ def complete(
     rates: Mapping[str, tuple[float, float]] = LEARNING_RATES,
 ) -> dict[str, Any]:
     """What is given or set, and defaults for the rest; refuses what the optimizer does not have."""
+    if name not in rates:
+        raise ValueError(f"--optimizer must be one of {', '.join(rates)}, got {name!r}")
     accepted = inspect.signature(find(name)).parameters
     options = {field.name: getattr(given, field.name) for field in dataclasses.fields(Options)}
     settings = parse(itertools.chain.from_iterable(options.pop("set")))
