@@ -39,7 +39,7 @@ class SubspaceState(NamedTuple):
 
     count: jax.Array  # shape (), int32
     basis: PyTree  # P, shape (*batch, p, r), p the side that is projected
-    projector: PyTree  # state of the optimizer of P, with arrays like P; () where there is none
+    projector: PyTree  # state of the basis' optimizer, with arrays like P; () where there is none
     inner: PyTree  # state of the inner optimizer, with arrays like PᵀG, shape (*batch, r, q)
     fallback: PyTree  # state of the fallback, which sees a `MaskedNode` for every matrix
     skipped: jax.Array  # updates of a matrix or leaf skipped so far, shape (), int32

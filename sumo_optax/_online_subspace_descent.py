@@ -2,11 +2,11 @@
 
 The step itself, and where it fills in the paper, is `_in_subspace`'s. Of what is here:
 1. The orthogonality penalty is the paper's 0.1; the authors' code leaves the term out (0).
-2. The projector's learning rate is by default the authors' code's, 1/200 times the main schedule
+2. The learning rate of P is by default the authors' code's, 1/200 times the main schedule
    over its peak. The paper's, five times the main one, is had with None.
 3. The paper's P decays at its own learning rate, as the weights do at theirs. That is
-   `optax.add_decayed_weights` in `projector`, which is given P for the parameters. There is none by
-   default; the authors' code has PyTorch's AdamW there, whose decay is 0.01.
+   `optax.add_decayed_weights` in `basis_optimizer`, which is given P for the parameters. There is
+   none by default; the authors' code has PyTorch's AdamW there, whose decay is 0.01.
 """
 
 from typing import Any
@@ -23,16 +23,16 @@ from sumo_optax._matrix import decay_and_scale
 from sumo_optax._rank import Rank
 from sumo_optax._view import Side
 
-_PAPERS_RATIO = 5.0  # of the projector's learning rate to the main one
+_PAPERS_RATIO = 5.0  # of the learning rate of P to the main one
 
 
 def scale_by_online_subspace_descent(
     rank: Rank = 0.25,
     *,
     inner: optax.GradientTransformation | None = None,
-    projector: optax.GradientTransformation | None = None,
-    projector_learning_rate: optax.ScalarOrSchedule = 0.005,
-    orthogonality: jax.typing.ArrayLike = 0.1,
+    basis_optimizer: optax.GradientTransformation | None = None,
+    basis_learning_rate: optax.ScalarOrSchedule = 0.005,
+    orthogonality_penalty: jax.typing.ArrayLike = 0.1,
     side: Side = "short",
     scale: jax.typing.ArrayLike = 1.0,
     weight_dimension_numbers: WeightDimensionNumbers | None = None,
@@ -43,14 +43,14 @@ def scale_by_online_subspace_descent(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Online Subspace Descent, as a transformation of gradients.
 
-    For one matrix with gradient :math:`G` (m x n, where m is the projected side), projector
+    For one matrix with gradient :math:`G` (m x n, where m is the projected side), basis
     :math:`P` (m x r) and :math:`g = G / \|G\|_F`:
 
     .. math::
       \begin{aligned}
       \Delta &= \mathrm{inner}(P^\top G), \qquad D = a P \Delta \\
       L(P) &= \| P P^\top g - g \|^2 + \rho \, \| P^\top P - I \|^2 \\
-      P &\leftarrow P - \eta_P \, \mathrm{projector}(\nabla L)
+      P &\leftarrow P - \eta_P \, \mathrm{optimizer}(\nabla L)
       \end{aligned}
 
     P starts as the dominant subspace of the first gradient. Only the penalty keeps it near
@@ -61,10 +61,11 @@ def scale_by_online_subspace_descent(
       rank: r, an integer, a fraction of the short side or a function; see :func:`scale_by_sumo`.
       inner: the transformation of projected gradients, by default ``optax.scale_by_adam()``; see
         :func:`scale_in_subspace`.
-      projector: the transformation of the gradient of P, by default ``optax.scale_by_adam()``. It
-        receives P as its parameters. ``optax.identity()`` is gradient descent and holds nothing.
-      projector_learning_rate: :math:`\eta_P` >= 0, or a schedule of it.
-      orthogonality: :math:`\rho` >= 0. The paper has 0.1, and the code of its authors has 0.
+      basis_optimizer: the transformation of :math:`\nabla L`, by default
+        ``optax.scale_by_adam()``. It receives P as its parameters. ``optax.identity()`` is gradient
+        descent and holds nothing.
+      basis_learning_rate: :math:`\eta_P` >= 0, or a schedule of it.
+      orthogonality_penalty: :math:`\rho` >= 0. The paper has 0.1, the code of its authors 0.
       side: the projected side of the matrix, ``"short"`` or ``"long"``.
       scale: a > 0.
       weight_dimension_numbers, fallback, skip_nonfinite: see :func:`scale_by_sumo`.
@@ -90,15 +91,15 @@ def scale_by_online_subspace_descent(
     References:
       `arXiv 2408.12857 <https://arxiv.org/abs/2408.12857>`_, Algorithm 1 and section 4.
     """
-    if not callable(projector_learning_rate):
-        _check.number("projector_learning_rate", projector_learning_rate, least=0)
-    _check.number("orthogonality", orthogonality, least=0)
-    projector = optax.scale_by_adam() if projector is None else projector
+    if not callable(basis_learning_rate):
+        _check.number("basis_learning_rate", basis_learning_rate, least=0)
+    _check.number("orthogonality_penalty", orthogonality_penalty, least=0)
+    basis_optimizer = optax.scale_by_adam() if basis_optimizer is None else basis_optimizer
     return in_subspace(
         optax.scale_by_adam() if inner is None else inner,
         rank,
         basis="randomized_svd",
-        online_pca=OnlinePCA(projector, projector_learning_rate, orthogonality),
+        online_pca=OnlinePCA(basis_optimizer, basis_learning_rate, orthogonality_penalty),
         refresh_every=1,
         stagger=False,
         side=side,
@@ -117,9 +118,9 @@ def online_subspace_descent(
     rank: Rank = 0.25,
     *,
     inner: optax.GradientTransformation | None = None,
-    projector: optax.GradientTransformation | None = None,
-    projector_learning_rate: optax.ScalarOrSchedule | None = 0.005,
-    orthogonality: jax.typing.ArrayLike = 0.1,
+    basis_optimizer: optax.GradientTransformation | None = None,
+    basis_learning_rate: optax.ScalarOrSchedule | None = 0.005,
+    orthogonality_penalty: jax.typing.ArrayLike = 0.1,
     side: Side = "short",
     scale: jax.typing.ArrayLike = 1.0,
     weight_decay: jax.typing.ArrayLike = 0.0,
@@ -146,7 +147,7 @@ def online_subspace_descent(
 
     Args:
       learning_rate: a number or an optax schedule.
-      projector_learning_rate: a schedule, or a number >= 0. If `learning_rate` is a schedule, the
+      basis_learning_rate: a schedule, or a number >= 0. If `learning_rate` is a schedule, the
         number is the rate at the peak of this schedule and follows its shape; the peak must come
         before step 10 million. None means five times `learning_rate`.
 
@@ -176,9 +177,9 @@ def online_subspace_descent(
         scale_by_online_subspace_descent(
             rank,
             inner=inner,
-            projector=projector,
-            projector_learning_rate=_projector_rate(learning_rate, projector_learning_rate),
-            orthogonality=orthogonality,
+            basis_optimizer=basis_optimizer,
+            basis_learning_rate=_basis_rate(learning_rate, basis_learning_rate),
+            orthogonality_penalty=orthogonality_penalty,
             side=side,
             scale=scale,
             weight_dimension_numbers=weight_dimension_numbers,
@@ -198,14 +199,14 @@ def online_subspace_descent(
     )
 
 
-def _projector_rate(
+def _basis_rate(
     main: optax.ScalarOrSchedule, own: optax.ScalarOrSchedule | None
 ) -> optax.ScalarOrSchedule:
     if own is None:
         _check.scheduled("learning_rate", main)
         return (lambda t: _PAPERS_RATIO * main(t)) if callable(main) else _PAPERS_RATIO * main
     if callable(main) and not callable(own):
-        _check.number("projector_learning_rate", own, least=0)
+        _check.number("basis_learning_rate", own, least=0)
         return _with_shape_of(main, own)
     return own
 

@@ -30,7 +30,7 @@ class LeafReport(NamedTuple):
 
     path: str
     shape: tuple[int, ...]
-    role: str  # "matrix", "fallback" or "open" (see `describe`); "-" where there is no difference
+    role: str  # "matrix", "fallback" or "ambiguous" (see `describe`); "-" for other optimizers
     batch: tuple[int, ...]  # matrices held side by side, for layers or experts
     m: int | None  # the longer side
     n: int | None
@@ -75,10 +75,10 @@ class Report(NamedTuple):
             f"optimizer state {in_words(self.state_bytes)},"
             f" {ratio:.0%} of AdamW's {in_words(self.adamw_bytes)}",
         ]
-        if any(leaf.role == "open" for leaf in self.leaves):
+        if any(leaf.role == "ambiguous" for leaf in self.leaves):
             lines += [
-                "open: path and shape do not tell the axes of a matrix, so the fallback trains it.",
-                "      Name the axes of the matrix in weight_dimension_numbers.",
+                "ambiguous: path and shape do not tell the axes, so the fallback trains it.",
+                "           Name the axes of the matrix in weight_dimension_numbers.",
             ]
         return "\n".join(lines)
 
@@ -97,9 +97,9 @@ def describe(tx_or_rank: optax.GradientTransformation | Rank, params: PyTree) ->
       A report. Its ``str`` is a table with totals in the last lines; leaves whose paths differ only
       in the number of a layer share a row. The fields ``leaves``, ``state_bytes`` and
       ``adamw_bytes`` have the same data. AdamW holds two numbers for each parameter, in the
-      parameter's dtype. The role ``open`` means that path and shape allow several matrices, so the
-      fallback trains the leaf. The table ``reasons`` explains for each leaf why it is a matrix or
-      not.
+      parameter's dtype. The role ``ambiguous`` means that path and shape allow several matrices, so
+      the fallback trains the leaf. The table ``reasons`` explains for each leaf why it is a matrix
+      or not.
 
     Raises:
       ValueError: a low-rank optimizer finds no matrix among the parameters.
@@ -197,8 +197,8 @@ def _leaf_report(
 ) -> LeafReport:
     shape, adamw = jnp.shape(x), 2 * _size(x)
     if bases is None or path not in bases:
-        is_open = reading.is_open and bases is not None
-        role = "-" if bases is None else "open" if is_open else "fallback"
+        is_ambiguous = reading.is_ambiguous and bases is not None
+        role = "-" if bases is None else "ambiguous" if is_ambiguous else "fallback"
         why = reading.why if reading.axes is None else _TOLD
         return LeafReport(
             path_string(path), shape, role, (), None, None, "", None, held, adamw, why

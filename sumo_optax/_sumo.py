@@ -118,7 +118,7 @@ def scale_by_sumo(
       weight_dimension_numbers: the axes that make a matrix of each leaf: one
         ``optax.contrib.MuonDimensionNumbers``, a tree of them and None, or a function from
         parameters to such a tree. Axes that it does not name are batch axes. The default is
-        :func:`flax_dimension_numbers`, and ``init`` warns about leaves that it leaves open.
+        :func:`flax_dimension_numbers`, and ``init`` warns about ambiguous leaves.
       fallback: the transformation of all other leaves, by default ``optax.scale_by_adam()``.
       skip_nonfinite: whether a gradient with a NaN or Inf gives its matrix a zero update and leaves
         basis and moment unchanged. The fallback then sees zeros. ``skipped`` in the state counts
@@ -136,8 +136,8 @@ def scale_by_sumo(
 
     Raises:
       ValueError, TypeError: an argument is outside the ranges above. At init: a spec does not fit
-        its leaf, a matrix is complex, or some leaf is open and no leaf is a matrix. At update: the
-        gradients do not fit the state.
+        its leaf, a matrix is complex, or some leaf is ambiguous and no leaf is a matrix. At update:
+        the gradients do not fit the state.
 
     Examples:
       >>> import jax.numpy as jnp, optax, sumo_optax

@@ -720,7 +720,7 @@ def test_random_trees(make, data):
     # Adam's own eps is 0 in float16, which is not what is tested here.
     tx = make.__wrapped__(rank=draw(strategies.integers(1, 8)), fallback=optax.identity())
     grads = like(params, draw(strategies.integers(0, 100)))
-    with warnings.catch_warnings():  # of leaves that are open; a tree of nothing else is an error
+    with warnings.catch_warnings():  # of ambiguous leaves; a tree of nothing else is an error
         warnings.simplefilter("ignore", UserWarning)
         try:
             state = tx.init(params)

@@ -127,7 +127,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_no_leaf_of_a_published_model_is_open(name):
+def test_no_leaf_of_a_published_model_is_ambiguous(name):
     module = importlib.import_module(f"tunix.models.{name}.model")
     [kind] = [x for k, x in vars(module).items() if k.lower() == name]
     config = getattr(module.ModelConfig, PUBLISHED[name])()
