@@ -220,7 +220,7 @@ def prepare(config: Config) -> Pretraining:
     )
     loggers.check(config.output)
     options = complete(config.optimizer, config.optimization, config.model, config.training)
-    tx = measured(config, optimizer_of(config, options))
+    tx = optimizer_of(config, options | metrics(config))
     corpus = text.load(
         config.data.data,
         config.data.tokenizer,
@@ -317,15 +317,15 @@ def optimizer_of(config: Config, options: dict[str, Any]) -> optax.GradientTrans
     return optimizers.create(config.optimizer, config.training.steps, options, clip)
 
 
-def measured(config: Config, tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The same, measuring its subspaces where that was asked for."""
+def metrics(config: Config) -> dict[str, bool]:
+    """The option of the optimizer that measures its subspaces, where that was asked for."""
     if not config.output.log_subspace:
-        return tx
+        return {}
     if config.optimizer in optimizers.OPTAX:
         raise ValueError(f"{config.optimizer} has no subspace to log; leave out --log-subspace")
     if config.training.subspace_gradients:
         raise ValueError("--log-subspace looks at whole gradients; leave out --subspace-gradients")
-    return sumo_optax.with_subspace_metrics(tx)
+    return {"metrics": True}
 
 
 def on_mesh(devices: jax.sharding.Mesh, tx: optax.GradientTransformation, state: State) -> State:

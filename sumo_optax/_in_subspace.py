@@ -67,6 +67,7 @@ def scale_in_subspace(
     fallback: optax.GradientTransformation | None = None,
     skip_nonfinite: bool = True,
     state_dtype: jax.typing.DTypeLike | None = None,
+    metrics: bool = False,
     seed: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Runs any optax transformation on gradients that are projected onto a subspace.
@@ -99,7 +100,7 @@ def scale_in_subspace(
         `refresh_every`.
       scale: a > 0, GaLore's scale factor.
       weight_dimension_numbers, fallback, skip_nonfinite: see :func:`scale_by_sumo`.
-      state_dtype, seed: see :func:`scale_by_sumo`.
+      state_dtype, metrics, seed: see :func:`scale_by_sumo`.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with state :class:`SubspaceState`.
@@ -143,6 +144,7 @@ def scale_in_subspace(
         fallback=fallback,
         skip_nonfinite=skip_nonfinite,
         state_dtype=state_dtype,
+        metrics=metrics,
         seed=seed,
     )
 

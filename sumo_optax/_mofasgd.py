@@ -58,6 +58,7 @@ def scale_by_mofasgd(
     fallback: optax.GradientTransformation | None = None,
     skip_nonfinite: bool = True,
     state_dtype: jax.typing.DTypeLike | None = None,
+    metrics: bool = False,
     seed: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""MoFaSGD: momentum kept as a rank-r SVD, as a transformation of gradients.
@@ -88,7 +89,7 @@ def scale_by_mofasgd(
       consistent_rms: :math:`\rho` > 0 in the formula above. It makes the root mean square of an
         update depend on the rank and not on the shape. None sets the factor to 1.
       weight_dimension_numbers, fallback, skip_nonfinite: see :func:`scale_by_sumo`.
-      state_dtype, seed: see :func:`scale_by_sumo`.
+      state_dtype, metrics, seed: see :func:`scale_by_sumo`.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with state :class:`MofasgdState`. With
@@ -158,6 +159,7 @@ def scale_by_mofasgd(
         weight_dimension_numbers=weight_dimension_numbers,
         skip_nonfinite=skip_nonfinite,
         state_dtype=state_dtype,
+        metrics=metrics,
         seed=seed,
     )
 
@@ -238,6 +240,7 @@ def mofasgd(
     adam_learning_rate: optax.ScalarOrSchedule | None = None,
     skip_nonfinite: bool = True,
     state_dtype: jax.typing.DTypeLike | None = None,
+    metrics: bool = False,
     seed: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""A complete optimizer: MoFaSGD for matrices and AdamW for all other leaves.
@@ -285,6 +288,7 @@ def mofasgd(
             fallback=optax.scale_by_adam(adam_b1, adam_b2, adam_eps),
             skip_nonfinite=skip_nonfinite,
             state_dtype=state_dtype,
+            metrics=metrics,
             seed=seed,
         ),
         decay_and_scale(

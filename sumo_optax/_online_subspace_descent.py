@@ -39,6 +39,7 @@ def scale_by_online_subspace_descent(
     fallback: optax.GradientTransformation | None = None,
     skip_nonfinite: bool = True,
     state_dtype: jax.typing.DTypeLike | None = None,
+    metrics: bool = False,
     seed: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Online Subspace Descent, as a transformation of gradients.
@@ -69,7 +70,7 @@ def scale_by_online_subspace_descent(
       side: the projected side of the matrix, ``"short"`` or ``"long"``.
       scale: a > 0.
       weight_dimension_numbers, fallback, skip_nonfinite: see :func:`scale_by_sumo`.
-      state_dtype, seed: see :func:`scale_by_sumo`.
+      state_dtype, metrics, seed: see :func:`scale_by_sumo`.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with state :class:`SubspaceState`.
@@ -109,6 +110,7 @@ def scale_by_online_subspace_descent(
         fallback=fallback,
         skip_nonfinite=skip_nonfinite,
         state_dtype=state_dtype,
+        metrics=metrics,
         seed=seed,
     )
 
@@ -133,6 +135,7 @@ def online_subspace_descent(
     adam_learning_rate: optax.ScalarOrSchedule | None = None,
     skip_nonfinite: bool = True,
     state_dtype: jax.typing.DTypeLike | None = None,
+    metrics: bool = False,
     seed: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""A complete optimizer: Online Subspace Descent for matrices, AdamW for all other leaves.
@@ -186,6 +189,7 @@ def online_subspace_descent(
             fallback=optax.scale_by_adam(adam_b1, adam_b2, adam_eps),
             skip_nonfinite=skip_nonfinite,
             state_dtype=state_dtype,
+            metrics=metrics,
             seed=seed,
         ),
         decay_and_scale(

@@ -70,6 +70,7 @@ def scale_by_sumo(
     fallback: optax.GradientTransformation | None = None,
     skip_nonfinite: bool = True,
     state_dtype: jax.typing.DTypeLike | None = None,
+    metrics: bool = False,
     seed: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""SUMO: subspace-aware moment orthogonalisation, as a transformation of gradients.
@@ -127,6 +128,9 @@ def scale_by_sumo(
         least float32. ``"int8"`` and ``"int4"`` hold basis and moment in 8 or 4 bits, as
         :func:`quantize_state` does; the norm keeps the default. The arithmetic is in float32 or
         better in every case.
+      metrics: whether the state also keeps how each basis moves, for :func:`subspace_metrics`. It
+        is then a :class:`MeasuredState`. A step then also takes the norm of G and two products of
+        the old basis with the new one, and at a refresh also one of the old basis with G.
       seed: seed of all randomness. The randomness depends only on it, the leaf's path and the step.
 
     Returns:
@@ -230,6 +234,7 @@ def scale_by_sumo(
         weight_dimension_numbers=weight_dimension_numbers,
         skip_nonfinite=skip_nonfinite,
         state_dtype=state_dtype,
+        metrics=metrics,
         seed=seed,
     )
 
@@ -289,6 +294,7 @@ def sumo(
     adam_learning_rate: optax.ScalarOrSchedule | None = None,
     skip_nonfinite: bool = True,
     state_dtype: jax.typing.DTypeLike | None = None,
+    metrics: bool = False,
     seed: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""A complete optimizer: SUMO for matrices and AdamW for all other leaves.
@@ -352,6 +358,7 @@ def sumo(
             fallback=optax.scale_by_adam(adam_b1, adam_b2, adam_eps),
             skip_nonfinite=skip_nonfinite,
             state_dtype=state_dtype,
+            metrics=metrics,
             seed=seed,
         ),
         decay_and_scale(

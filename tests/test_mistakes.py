@@ -114,7 +114,6 @@ def test_decay_is_not_negative(make, name):
         (lambda: sumo_optax.state_bytes(PARAMS, sumo_optax.sumo(1e-3)), "tx must be an optax"),
         (lambda: sumo_optax.scale_by_sumo(4, fallback=1e-3), "fallback must be an optax"),
         (lambda: sumo_optax.value_and_update(sumo_optax.sumo(1e-3), sum), "tx must be an optax"),
-        (lambda: sumo_optax.with_subspace_metrics(8), "tx must be an optax"),
         (lambda: sumo_optax.convert_state(sumo_optax.sumo(1e-3), (), PARAMS), "tx must be an opt"),
         (
             lambda: sumo_optax.describe(4, sumo_optax.sumo(1e-3, 4).init(PARAMS)),
