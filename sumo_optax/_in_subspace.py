@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from sumo_optax import _check, _subspace
+from sumo_optax._arguments import documented
 from sumo_optax._axes import WeightDimensionNumbers
 from sumo_optax._gradient import Update
 from sumo_optax._group import Rule
@@ -53,6 +54,7 @@ class OnlinePCA(NamedTuple):
     penalty: jax.typing.ArrayLike
 
 
+@documented()
 def scale_in_subspace(
     inner: optax.GradientTransformation,
     rank: Rank = 0.25,
@@ -82,7 +84,6 @@ def scale_in_subspace(
     Args:
       inner: the transformation. Each matrix has its own inner state. `inner` must not read
         parameters: it receives zeros of the shape of :math:`\hat G` in their place.
-      rank: r, an integer, a fraction of the short side or a function; see :func:`scale_by_sumo`.
       basis: where the basis moves. ``"randomized_svd"`` and ``"svd"`` move it to the dominant
         subspace of the gradient every `refresh_every` steps. ``"random"`` moves it to a random
         subspace. ``"online_pca"`` moves it at every step, as in
@@ -99,8 +100,6 @@ def scale_in_subspace(
         unchanged, as in GaLore. ``basis="online_pca"`` excludes `transport`, `stagger` and
         `refresh_every`.
       scale: a > 0, GaLore's scale factor.
-      weight_dimension_numbers, fallback, skip_nonfinite: see :func:`scale_by_sumo`.
-      state_dtype, metrics, seed: see :func:`scale_by_sumo`.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with state :class:`SubspaceState`.

@@ -27,8 +27,6 @@ from sumo_optax._quantize import bits_of, in_few_bits
 from sumo_optax._rank import check_rank, with_ranks
 from sumo_optax._view import View, matrix_views
 
-MATRIX, FALLBACK = "matrix", "fallback"
-
 
 def matrix_transformation(
     rule: Rule,
@@ -257,34 +255,4 @@ def _stacked(tree: PyTree, batch: tuple[int, ...], dtype: Any) -> PyTree:
 def _without_matrices(treedef: Any, leaves: list[Any], views: list[View | None]) -> PyTree:
     return treedef.unflatten(
         [x if v is None else optax.MaskedNode() for x, v in zip(leaves, views, strict=True)]
-    )
-
-
-def decay_and_scale(
-    learning_rate: optax.ScalarOrSchedule,
-    weight_decay: jax.typing.ArrayLike,
-    weight_decay_mask: Any,
-    adam_learning_rate: optax.ScalarOrSchedule | None,
-    adam_weight_decay: jax.typing.ArrayLike,
-    weight_dimension_numbers: WeightDimensionNumbers | None,
-) -> optax.GradientTransformationExtraArgs:
-    """Decoupled weight decay and learning rate, for matrices and for the fallback's leaves."""
-
-    _check.scheduled("learning_rate", learning_rate)
-    _check.scheduled("adam_learning_rate", adam_learning_rate, optional=True)
-    _check.scheduled("weight_decay", weight_decay, least=0)
-    _check.scheduled("adam_weight_decay", adam_weight_decay, least=0)
-
-    def labels(params):
-        treedef = jax.tree.structure(params)
-        specs = resolve(weight_dimension_numbers, params)
-        return treedef.unflatten([FALLBACK if s is None else MATRIX for s in specs])
-
-    part = lambda rate, decay: optax.chain(
-        optax.add_decayed_weights(decay, weight_decay_mask), optax.scale_by_learning_rate(rate)
-    )
-    adam_rate = learning_rate if adam_learning_rate is None else adam_learning_rate
-    return optax.partition(
-        {MATRIX: part(learning_rate, weight_decay), FALLBACK: part(adam_rate, adam_weight_decay)},
-        labels,
     )

@@ -22,13 +22,15 @@ import jax.numpy as jnp
 import optax
 
 from sumo_optax import _check, _subspace
+from sumo_optax._arguments import documented
 from sumo_optax._axes import WeightDimensionNumbers
 from sumo_optax._gradient import Update, WholeGradients
 from sumo_optax._group import Rule
 from sumo_optax._linalg import above_rounding, orthonormal_columns, svd
-from sumo_optax._matrix import decay_and_scale, matrix_transformation
+from sumo_optax._matrix import matrix_transformation
 from sumo_optax._paths import PyTree
 from sumo_optax._rank import Rank
+from sumo_optax._with_adamw import with_adamw
 
 
 class MofasgdState(NamedTuple):
@@ -47,6 +49,7 @@ class MofasgdState(NamedTuple):
     skipped: jax.Array  # updates of a matrix or leaf skipped so far, shape (), int32
 
 
+@documented()
 def scale_by_mofasgd(
     rank: Rank = 0.25,
     *,
@@ -79,7 +82,6 @@ def scale_by_mofasgd(
     the right of that line. The state has (m + n + 1) r numbers for each matrix.
 
     Args:
-      rank: r, an integer, a fraction of the short side or a function; see :func:`scale_by_sumo`.
       momentum: :math:`\beta` in [0, 1), or a schedule of it. The authors raise it over 300 steps,
         from 0.65 to 0.85 or from 0.75 to 0.95.
       inverse_limit: a number > 0 sets :math:`d_i = \min(1 / s_i, \text{limit})`, as in the
@@ -88,8 +90,6 @@ def scale_by_mofasgd(
         not see.
       consistent_rms: :math:`\rho` > 0 in the formula above. It makes the root mean square of an
         update depend on the rank and not on the shape. None sets the factor to 1.
-      weight_dimension_numbers, fallback, skip_nonfinite: see :func:`scale_by_sumo`.
-      state_dtype, metrics, seed: see :func:`scale_by_sumo`.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with state :class:`MofasgdState`. With
@@ -222,6 +222,7 @@ def _completed(columns: jax.Array, found: jax.Array, spare: jax.Array) -> jax.Ar
     return orthonormal_columns(columns + spare - columns @ (columns.mT @ spare))
 
 
+@documented(scale_by_mofasgd)
 def mofasgd(
     learning_rate: optax.ScalarOrSchedule,
     rank: Rank = 0.25,
@@ -247,11 +248,8 @@ def mofasgd(
 
     .. math:: W \leftarrow W - \eta \, (D + \lambda W)
 
-    Here D comes from :func:`scale_by_mofasgd`, :math:`\eta` is the learning rate and
-    :math:`\lambda` the weight decay.
-
-    The arguments that are not listed here are those of :func:`scale_by_mofasgd`, and for weight
-    decay and Adam those of :func:`sumo`.
+    Here :math:`\eta` is the learning rate and :math:`\lambda` the weight decay. The other
+    symbols are those of :func:`scale_by_mofasgd`.
 
     Args:
       learning_rate: a number or an optax schedule.
@@ -277,26 +275,4 @@ def mofasgd(
     References:
       `arXiv 2507.08091 <https://arxiv.org/abs/2507.08091>`_, Algorithm 1.
     """
-    return optax.chain(
-        scale_by_mofasgd(
-            rank,
-            momentum=momentum,
-            inverse_limit=inverse_limit,
-            complement=complement,
-            consistent_rms=consistent_rms,
-            weight_dimension_numbers=weight_dimension_numbers,
-            fallback=optax.scale_by_adam(adam_b1, adam_b2, adam_eps),
-            skip_nonfinite=skip_nonfinite,
-            state_dtype=state_dtype,
-            metrics=metrics,
-            seed=seed,
-        ),
-        decay_and_scale(
-            learning_rate,
-            weight_decay,
-            weight_decay_mask,
-            adam_learning_rate,
-            adam_weight_decay,
-            weight_dimension_numbers,
-        ),
-    )
+    return with_adamw(scale_by_mofasgd, **locals())

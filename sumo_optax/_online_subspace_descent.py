@@ -17,15 +17,17 @@ import numpy as np
 import optax
 
 from sumo_optax import _check
+from sumo_optax._arguments import documented
 from sumo_optax._axes import WeightDimensionNumbers
 from sumo_optax._in_subspace import OnlinePCA, in_subspace
-from sumo_optax._matrix import decay_and_scale
 from sumo_optax._rank import Rank
 from sumo_optax._view import Side
+from sumo_optax._with_adamw import with_adamw
 
 _PAPERS_RATIO = 5.0  # of the learning rate of P to the main one
 
 
+@documented()
 def scale_by_online_subspace_descent(
     rank: Rank = 0.25,
     *,
@@ -59,7 +61,6 @@ def scale_by_online_subspace_descent(
     for both, the state has r (3 m + 2 n) numbers for each matrix.
 
     Args:
-      rank: r, an integer, a fraction of the short side or a function; see :func:`scale_by_sumo`.
       inner: the transformation of projected gradients, by default ``optax.scale_by_adam()``; see
         :func:`scale_in_subspace`.
       basis_optimizer: the transformation of :math:`\nabla L`, by default
@@ -69,8 +70,6 @@ def scale_by_online_subspace_descent(
       orthogonality_penalty: :math:`\rho` >= 0. The paper has 0.1, the code of its authors 0.
       side: the projected side of the matrix, ``"short"`` or ``"long"``.
       scale: a > 0.
-      weight_dimension_numbers, fallback, skip_nonfinite: see :func:`scale_by_sumo`.
-      state_dtype, metrics, seed: see :func:`scale_by_sumo`.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with state :class:`SubspaceState`.
@@ -115,6 +114,7 @@ def scale_by_online_subspace_descent(
     )
 
 
+@documented(scale_by_online_subspace_descent)
 def online_subspace_descent(
     learning_rate: optax.ScalarOrSchedule,
     rank: Rank = 0.25,
@@ -142,11 +142,8 @@ def online_subspace_descent(
 
     .. math:: W \leftarrow W - \eta \, (D + \lambda W)
 
-    Here D comes from :func:`scale_by_online_subspace_descent`, :math:`\eta` is the learning rate
-    and :math:`\lambda` the weight decay.
-
-    The arguments that are not listed here are those of :func:`scale_by_online_subspace_descent`,
-    and for weight decay and Adam those of :func:`sumo`.
+    Here :math:`\eta` is the learning rate and :math:`\lambda` the weight decay. The other
+    symbols are those of :func:`scale_by_online_subspace_descent`.
 
     Args:
       learning_rate: a number or an optax schedule.
@@ -176,31 +173,8 @@ def online_subspace_descent(
       `arXiv 2408.12857 <https://arxiv.org/abs/2408.12857>`_, Algorithm 1.
       ``**sumo_optax.presets.ONLINE_SUBSPACE_DESCENT`` gives this algorithm.
     """
-    return optax.chain(
-        scale_by_online_subspace_descent(
-            rank,
-            inner=inner,
-            basis_optimizer=basis_optimizer,
-            basis_learning_rate=_basis_rate(learning_rate, basis_learning_rate),
-            orthogonality_penalty=orthogonality_penalty,
-            side=side,
-            scale=scale,
-            weight_dimension_numbers=weight_dimension_numbers,
-            fallback=optax.scale_by_adam(adam_b1, adam_b2, adam_eps),
-            skip_nonfinite=skip_nonfinite,
-            state_dtype=state_dtype,
-            metrics=metrics,
-            seed=seed,
-        ),
-        decay_and_scale(
-            learning_rate,
-            weight_decay,
-            weight_decay_mask,
-            adam_learning_rate,
-            adam_weight_decay,
-            weight_dimension_numbers,
-        ),
-    )
+    basis_learning_rate = _basis_rate(learning_rate, basis_learning_rate)
+    return with_adamw(scale_by_online_subspace_descent, **locals())
 
 
 def _basis_rate(

@@ -22,14 +22,16 @@ import jax.numpy as jnp
 import optax
 
 from sumo_optax import _check, _subspace
+from sumo_optax._arguments import documented
 from sumo_optax._axes import WeightDimensionNumbers
 from sumo_optax._gradient import Update, WholeGradients
 from sumo_optax._group import Rule
 from sumo_optax._linalg import PolarMethod, check_polar_method, column_norms, polar_factor
-from sumo_optax._matrix import decay_and_scale, matrix_transformation
+from sumo_optax._matrix import matrix_transformation
 from sumo_optax._paths import PyTree
 from sumo_optax._rank import Rank
 from sumo_optax._view import Side
+from sumo_optax._with_adamw import with_adamw
 
 Residual = Literal["gradient", "scaled"] | None
 
@@ -52,6 +54,7 @@ class SumoState(NamedTuple):
     skipped: jax.Array  # updates of a matrix or leaf skipped so far, shape (), int32
 
 
+@documented()
 def scale_by_sumo(
     rank: Rank = 0.25,
     *,
@@ -90,9 +93,6 @@ def scale_by_sumo(
     it, :math:`M \leftarrow Q'^\top Q M`. The state has (m + n) r + 2 numbers for each matrix.
 
     Args:
-      rank: r. An integer of at least 1 is the rank of every matrix. A float in (0, 1] is a fraction
-        of each matrix's short side, rounded up to a multiple of 8. A function takes a leaf's path,
-        such as ``"dense/kernel"``, and its shape, and returns either. The short side limits r.
       refresh_every: number of steps between two moves of the basis, at least 1. The default is 10
         with ``basis="tracking"`` and 200 otherwise.
       stagger: whether each leaf moves its basis at its own step, spread evenly over the interval.
@@ -116,22 +116,6 @@ def scale_by_sumo(
       side: the projected side of the matrix; the rows if both sides are equally long. A basis of
         the ``"short"`` side holds more of it and goes stale more slowly. The ``"long"`` side, that
         of the paper, has smaller moments and cheaper polar factors.
-      weight_dimension_numbers: the axes that make a matrix of each leaf: one
-        ``optax.contrib.MuonDimensionNumbers``, a tree of them and None, or a function from
-        parameters to such a tree. Axes that it does not name are batch axes. The default is
-        :func:`flax_dimension_numbers`, and ``init`` warns about ambiguous leaves.
-      fallback: the transformation of all other leaves, by default ``optax.scale_by_adam()``.
-      skip_nonfinite: whether a gradient with a NaN or Inf gives its matrix a zero update and leaves
-        basis and moment unchanged. The fallback then sees zeros. ``skipped`` in the state counts
-        such updates.
-      state_dtype: dtype of basis, moment and norm. The default is the parameter's dtype, but at
-        least float32. ``"int8"`` and ``"int4"`` hold basis and moment in 8 or 4 bits, as
-        :func:`quantize_state` does; the norm keeps the default. The arithmetic is in float32 or
-        better in every case.
-      metrics: whether the state also keeps how each basis moves, for :func:`subspace_metrics`. It
-        is then a :class:`MeasuredState`. A step then also takes the norm of G and two products of
-        the old basis with the new one, and at a refresh also one of the old basis with G.
-      seed: seed of all randomness. The randomness depends only on it, the leaf's path and the step.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with state :class:`SumoState`. With
@@ -269,6 +253,7 @@ def _limited(
     return factor[:, None, None], allowed
 
 
+@documented(scale_by_sumo)
 def sumo(
     learning_rate: optax.ScalarOrSchedule,
     rank: Rank = 0.25,
@@ -301,23 +286,15 @@ def sumo(
 
     .. math:: W \leftarrow W - \eta \, (D + \lambda W)
 
-    Here D comes from :func:`scale_by_sumo`, :math:`\eta` is the learning rate and :math:`\lambda`
-    the weight decay.
+    Here :math:`\eta` is the learning rate and :math:`\lambda` the weight decay. The other
+    symbols are those of :func:`scale_by_sumo`.
 
     On a byte-level LLaMA with 0.86M parameters, these settings trained best: learning rate 1.5e-2,
     five times AdamW's best; `adam_learning_rate` 5e-3; warm-up and cosine decay; clipping by the
     global norm before the optimizer.
 
-    The arguments that are not listed here are those of :func:`scale_by_sumo`.
-
     Args:
       learning_rate: a number or an optax schedule.
-      weight_decay: decoupled decay of the matrices; the learning rate multiplies it.
-      weight_decay_mask: the leaves that decay: a tree of booleans like the parameters, a prefix of
-        such a tree, or a function from parameters to one.
-      adam_b1, adam_b2, adam_eps: AdamW's arguments, for all other leaves.
-      adam_weight_decay: decoupled decay of all other leaves.
-      adam_learning_rate: learning rate or schedule of all other leaves, by default `learning_rate`.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``. Its ``update`` needs the parameters.
@@ -340,33 +317,4 @@ def sumo(
     References:
       `arXiv 2505.24749 <https://arxiv.org/abs/2505.24749>`_, Algorithm 1.
     """
-    return optax.chain(
-        scale_by_sumo(
-            rank,
-            refresh_every=refresh_every,
-            stagger=stagger,
-            refresh_below=refresh_below,
-            momentum=momentum,
-            nesterov=nesterov,
-            residual=residual,
-            norm_growth_limit=norm_growth_limit,
-            consistent_rms=consistent_rms,
-            polar=polar,
-            basis=basis,
-            side=side,
-            weight_dimension_numbers=weight_dimension_numbers,
-            fallback=optax.scale_by_adam(adam_b1, adam_b2, adam_eps),
-            skip_nonfinite=skip_nonfinite,
-            state_dtype=state_dtype,
-            metrics=metrics,
-            seed=seed,
-        ),
-        decay_and_scale(
-            learning_rate,
-            weight_decay,
-            weight_decay_mask,
-            adam_learning_rate,
-            adam_weight_decay,
-            weight_dimension_numbers,
-        ),
-    )
+    return with_adamw(scale_by_sumo, **locals())
