@@ -166,23 +166,14 @@ def in_subspace(
     _check.choice("side", side, get_args(Side))
     _check.number("scale", scale, above=0)
 
-    def start(m, n, r, dtype):
+    def init(m, n, r, dtype, key):
         P = jnp.zeros((m, r), dtype)
         projector = () if online_pca is None else online_pca.optimizer.init(P)
         return P, projector, inner.init(jnp.zeros((r, n), dtype))
 
-    def init(m, n, r, dtype, key):
-        return start(m, n, r, dtype)
-
-    def axes(m, n, r):
-        """Arrays of the optimizers that are like P or like Ĝ lie as these do."""
-        P, projector, inner_state = jax.eval_shape(lambda: start(m, n, r, jnp.float32))
-        like = lambda shape, word: lambda x: word if x.shape == shape else ""
-        return (
-            "mr",
-            jax.tree.map(like(P.shape, "mr"), projector),
-            jax.tree.map(like((r, n), "rn"), inner_state),
-        )
+    def state_axes(m, n, r):
+        state = jax.eval_shape(lambda: init(m, n, r, jnp.float32, None))
+        return _state_axes((m, r), (r, n), state)
 
     def refresh_due(t, state, phase):
         P, _, _ = state
@@ -215,8 +206,19 @@ def in_subspace(
         return Update(P, scale * delta), (P_new, projector, inner_state)
 
     drifts = online_pca is not None
-    rule = Rule(init, refresh_due, step, axes, rank, side, stagger, drifts)
+    rule = Rule(init, refresh_due, step, state_axes, rank, side, stagger, drifts)
     return matrix_transformation(rule, SubspaceState, **of_tree)
+
+
+def _state_axes(of_P: tuple[int, int], of_G_hat: tuple[int, int], state: Any) -> Any:
+    """Arrays of the optimizers that are like P or like Ĝ lie as these do."""
+    _, projector, inner_state = state
+    like = lambda shape, word: lambda x: word if x.shape == shape else ""
+    return (
+        "mr",
+        jax.tree.map(like(of_P, "mr"), projector),
+        jax.tree.map(like(of_G_hat, "rn"), inner_state),
+    )
 
 
 def _moved(pca: OnlinePCA, gradient, P, state, t) -> tuple[jax.Array, PyTree]:

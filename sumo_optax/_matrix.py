@@ -46,71 +46,80 @@ def matrix_transformation(
     any other leaf. With `metrics` it is the `inner` of a `MeasuredState`.
     """
     check_rank(rule.rank)
-    _check.state_dtype(state_dtype)
-    if fallback is not None:
-        _check.transformation("fallback", fallback, or_else="None")
-    if metrics:
-        rule = measured(rule)
-    bits = bits_of(state_dtype)
-    if bits is not None:
-        rule, state_dtype = in_few_bits(rule, bits), None
-    fallback = optax.with_extra_args_support(
-        optax.scale_by_adam() if fallback is None else fallback
-    )
+    rule, dtype = _with_state(rule, state_dtype, metrics)
+    others = optax.scale_by_adam() if fallback is None else fallback
+    _check.transformation("fallback", others, or_else="None")
+    others = optax.with_extra_args_support(others)
 
     def views_of(tree):
         views = matrix_views(tree, weight_dimension_numbers, rule.side)
         return with_ranks(views, rule.rank, tree)
 
-    def packed(count, fields, others, skipped):
-        own, kept = (fields[:-3], fields[-3:]) if metrics else (fields, ())
-        state = state_type(count, *own, others, skipped)
-        return MeasuredState(state, *kept) if metrics else state
-
-    def unpacked(state):
-        _fit.check_state_type(state, MeasuredState if metrics else state_type)
-        inner, *kept = state if metrics else (state,)
-        _fit.check_state_type(inner, state_type)
-        count, *own, others, skipped = inner
-        return count, (*own, *kept), others, skipped
-
     def init(params):
         _check.arrays("params", params, numbers=True)
         advise(weight_dimension_numbers, params)
-        views, key, zero = views_of(params), jax.random.key(seed), jnp.zeros([], jnp.int32)
-        fields = _initial_fields(rule, params, views, state_dtype, key)
+        views = views_of(params)
+        fields = _initial_fields(rule, params, views, dtype, jax.random.key(seed))
         leaves, treedef = jax.tree.flatten(params)
-        others = fallback.init(_without_matrices(treedef, leaves, views))
-        return packed(zero, fields, others, zero)
+        of_others = others.init(_without_matrices(treedef, leaves, views))
+        count, skipped = (jnp.zeros([], jnp.int32) for _ in range(2))  # each may be donated
+        return _packed(state_type, metrics, count, fields, of_others, skipped)
 
     def update(updates, state, params=None, **extra_args):
-        count, fields, fallback_state, skipped = unpacked(state)
+        count, fields, of_others, skipped = _unpacked(state_type, metrics, state)
         trees = _fit.trees_of(rule, fields)
         _fit.check_gradients(updates, trees[0], params)
         grads = _Gradients.of(updates, views_of)
         grads.check(rule, trees, params)
-        others = grads.without_matrices(updates)
-        _fit.check_fallback(others, fallback_state)
-        finite = jax.tree.map(lambda g: jnp.all(jnp.isfinite(g)) | (not skip_nonfinite), others)
-        others, fallback_state = fallback.update(
-            jax.tree.map(or_zero, finite, others),
-            fallback_state,
+        rest = grads.without_matrices(updates)
+        _fit.check_fallback(rest, of_others)
+        finite = jax.tree.map(lambda g: jnp.all(jnp.isfinite(g)) | (not skip_nonfinite), rest)
+        rest, of_others = others.update(
+            jax.tree.map(or_zero, finite, rest),
+            of_others,
             None if params is None else grads.without_matrices(params),
             **extra_args,
         )
-        others = jax.tree.map(or_zero, finite, others)
+        rest = jax.tree.map(or_zero, finite, rest)
         so_far = skipped + sum((~ok).astype(jnp.int32) for ok in jax.tree.leaves(finite))
         phases = _phases(weight_dimension_numbers, grads.shapes) if rule.stagger else {}
-        key = jax.random.key(seed)
         Ds, trees, so_far = _matrices_step(
-            rule, grads, trees, phases, count, key, so_far, skip_nonfinite
+            rule, grads, trees, phases, count, jax.random.key(seed), so_far, skip_nonfinite
         )
         so_far = jnp.maximum(so_far, skipped)  # the largest number is not passed
         fields = rule.structure().unflatten(trees)
-        new_state = packed(optax.safe_increment(count), fields, fallback_state, so_far)
-        return grads.with_matrices(others, Ds), new_state
+        count = optax.safe_increment(count)
+        new_state = _packed(state_type, metrics, count, fields, of_others, so_far)
+        return grads.with_matrices(rest, Ds), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _with_state(rule: Rule, dtype: Any, metrics: bool) -> tuple[Rule, Any]:
+    """The rule with a state as asked for, and the dtype of arrays that it says nothing of."""
+    _check.state_dtype(dtype)
+    rule = measured(rule) if metrics else rule
+    bits = bits_of(dtype)
+    return (rule, dtype) if bits is None else (in_few_bits(rule, bits), None)
+
+
+def _packed(
+    state_type: Any, metrics: bool, count: Any, fields: tuple[PyTree, ...], others: Any, bad: Any
+) -> Any:
+    """A state, with the three last fields of its rule around it where these are metrics."""
+    own, kept = (fields[:-3], fields[-3:]) if metrics else (fields, ())
+    state = state_type(count, *own, others, bad)
+    return MeasuredState(state, *kept) if metrics else state
+
+
+def _unpacked(
+    state_type: Any, metrics: bool, state: Any
+) -> tuple[jax.Array, tuple[PyTree, ...], Any, jax.Array]:
+    _fit.check_state_type(state, MeasuredState if metrics else state_type)
+    inner, *kept = state if metrics else (state,)
+    _fit.check_state_type(inner, state_type)
+    count, *own, others, skipped = inner
+    return count, (*own, *kept), others, skipped
 
 
 def _initial_fields(

@@ -27,8 +27,8 @@ def measured(rule: Rule) -> Rule:
     """The rule with three numbers more in its state, whose first array is the basis."""
 
     def init(m, n, r, dtype, key):
-        zero = jnp.zeros((), dtype)
-        return *rule.init(m, n, r, dtype, key), zero, zero, jnp.zeros((), jnp.int32)
+        kept = [jnp.zeros((), x) for x in (dtype, dtype, jnp.int32)]
+        return *rule.init(m, n, r, dtype, key), *kept
 
     def refresh_due(t, state, phase):
         return rule.refresh_due(t, state[:-3], phase)

@@ -10,10 +10,8 @@ from jax.sharding import AxisType, PartitionSpec
 from sumo_optax._in_subspace import FIRST_MOMENTS
 from sumo_optax._linalg import orthonormal_columns, unit_scale
 from sumo_optax._measured import MeasuredState
-from sumo_optax._mofasgd import MofasgdState
 from sumo_optax._paths import PyTree, named_leaves, path_string
 from sumo_optax._report import low_rank_states
-from sumo_optax._sumo import SumoState
 
 # What is said of all matrices together: the mean, or the worst.
 _SUMMARY = {
@@ -91,8 +89,8 @@ def subspace_metrics(state: PyTree) -> SubspaceMetrics:
         raise ValueError("this state contains no optimizer of sumo_optax, so it has no subspace")
     leaves: dict[str, dict[str, jax.Array]] = {}
     for one in ours:
-        for path, moment in _moments(one):
-            spectrum = _spectrum if isinstance(one, MofasgdState) else _spectrum_of_matrix
+        for path, name, moment in _moments(one):
+            spectrum = _spectrum if name == "singular_values" else _spectrum_of_matrix
             condition_number, effective_rank = _on_any_mesh(spectrum)(moment)
             leaves[path] = {"condition_number": condition_number, "effective_rank": effective_rank}
     is_measured = lambda x: isinstance(x, MeasuredState)
@@ -109,17 +107,13 @@ def subspace_metrics(state: PyTree) -> SubspaceMetrics:
     return SubspaceMetrics(summary, leaves)
 
 
-def _moments(one: Any) -> Iterator[tuple[str, jax.Array]]:
-    """Path and moment of each matrix; of MoFaSGD's its singular values."""
-    if isinstance(one, (SumoState, MofasgdState)):
-        tree = one.moment if isinstance(one, SumoState) else one.singular_values
-        yield from ((path_string(path), x) for path, x in named_leaves(tree).items())
-        return
+def _moments(one: Any) -> Iterator[tuple[str, str, jax.Array]]:
+    """Path, name and array of each matrix's moment, or of its singular values."""
     bases = named_leaves(one.basis)
-    for path, x in named_leaves(one.inner).items():
-        owner = next((i for i in range(1, len(path)) if path[i:] in bases), None)
-        if owner is not None and path[owner - 1] in FIRST_MOMENTS:
-            yield path_string(path[owner:]), x
+    for path, x in named_leaves(one).items():
+        owner = next((i for i in range(1, len(path) + 1) if path[i:] in bases), None)
+        if owner is not None and path[owner - 1] in {"moment", "singular_values", *FIRST_MOMENTS}:
+            yield path_string(path[owner:]), path[owner - 1], x
 
 
 def _spectrum_of_matrix(M: jax.Array) -> tuple[jax.Array, jax.Array]:

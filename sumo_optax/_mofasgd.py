@@ -132,13 +132,7 @@ def scale_by_mofasgd(
         beta = momentum(t) if callable(momentum) else momentum
         U, s, V = state
 
-        def begin():
-            """The dominant subspace of G, from which a step with V = 0 makes G's rank-r SVD."""
-            U_new = _subspace.refresh(G, U, keys(), "randomized_svd")
-            n, r = V.shape[-2:]
-            random = jax.vmap(lambda key: jax.random.normal(key, (n, r), V.dtype))(keys())
-            return U_new, jnp.zeros_like(V), random / n**0.5
-
+        begin = lambda: _beginning(G, U, V, keys())
         U, V, spare = _subspace.refreshed(refresh_due, begin, (U, V, V))
         seen = _Seen.of(G, U, V)
         U, s, V = _tangent_step(seen, s[:, None], beta, spare)
@@ -162,6 +156,15 @@ def scale_by_mofasgd(
         metrics=metrics,
         seed=seed,
     )
+
+
+def _beginning(
+    G: WholeGradients, U: jax.Array, V: jax.Array, keys: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The dominant subspace of G, from which a step with V = 0 makes G's rank-r SVD."""
+    n, r = V.shape[-2:]
+    random = jax.vmap(lambda key: jax.random.normal(key, (n, r), V.dtype))(keys)
+    return _subspace.refresh(G, U, keys, "randomized_svd"), jnp.zeros_like(V), random / n**0.5
 
 
 class _Seen(NamedTuple):

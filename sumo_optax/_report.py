@@ -14,15 +14,12 @@ import optax
 
 from sumo_optax import _check
 from sumo_optax._conventions import Reading, readings
-from sumo_optax._in_subspace import SubspaceState
-from sumo_optax._mofasgd import MofasgdState
 from sumo_optax._paths import Path, PyTree, named_leaves, path_string
 from sumo_optax._quantize import dequantized
 from sumo_optax._rank import Rank
-from sumo_optax._sumo import SumoState, sumo
+from sumo_optax._sumo import sumo
 
 _TOLD = "weight_dimension_numbers says so"
-_LOW_RANK_STATES = (SumoState, SubspaceState, MofasgdState)
 
 
 class LeafReport(NamedTuple):
@@ -175,8 +172,12 @@ def _held_bytes(state: PyTree, leaves: dict[Path, Any]) -> tuple[Counter[Path], 
 
 def low_rank_states(state: PyTree) -> list[Any]:
     """The states of this library's optimizers in one of any transformation, in floating point."""
-    is_ours = lambda x: isinstance(x, _LOW_RANK_STATES)
-    return [x for x in jax.tree.leaves(dequantized(state), is_leaf=is_ours) if is_ours(x)]
+    return list(filter(_is_ours, jax.tree.leaves(dequantized(state), is_leaf=_is_ours)))
+
+
+def _is_ours(x: Any) -> bool:
+    """By the fields that `matrix_transformation` gives every state."""
+    return {"basis", "fallback", "skipped"} <= set(getattr(x, "_fields", ()))
 
 
 def _bases(ours: list[Any]) -> dict[Path, tuple[int, ...]] | None:
@@ -187,8 +188,8 @@ def _bases(ours: list[Any]) -> dict[Path, tuple[int, ...]] | None:
 
 
 def _is_state(params: PyTree) -> bool:
-    kinds = (*_LOW_RANK_STATES, optax.ScaleByAdamState, optax.TraceState)
-    is_state = lambda x: isinstance(x, kinds)
+    kinds = (optax.ScaleByAdamState, optax.TraceState)
+    is_state = lambda x: isinstance(x, kinds) or _is_ours(x)
     return any(map(is_state, jax.tree.leaves(params, is_leaf=is_state)))
 
 

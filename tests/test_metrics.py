@@ -120,7 +120,7 @@ def periodic(**kw):
 def test_counts_and_holds_between_refreshes_and_skips():
     params = {"dense": {"kernel": jnp.ones((8, 4))}}
     tx = periodic(metrics=True)
-    state, update = tx.init(params), jax.jit(tx.update)
+    state, update = tx.init(params), jax.jit(tx.update, donate_argnums=1)
     steps, rotations, captured = [], [], []
     for t in range(7):
         grads = like(params, t)
