@@ -21,11 +21,15 @@ Batch = tuple[int, ...]
 
 
 class Update(NamedTuple):
-    """D = left right + G diag(weights), not yet multiplied out; weights want the whole G."""
+    """D = left right + G diag(weights), not yet multiplied out; weights want the whole G.
+
+    Or a function of that, which gives for a transpose the transpose.
+    """
 
     left: jax.Array  # (B, m, r)
     right: jax.Array  # (B, r, n)
     weights: jax.Array | None = None  # (B, 1, n)
+    function: Callable[[jax.Array], jax.Array] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +62,16 @@ class Gradients:
             for x, turned in zip(pieces(D.weights), self.transposed, strict=True)
         ]
         of_leaves = zip(self.stored, written_out(left), right, weights, pieces(good), strict=True)
-        return [in_turns(self._leaf_update, self.turns, *of_leaf) for of_leaf in of_leaves]
+        of = functools.partial(self._leaf_update, D.function)
+        return [in_turns(of, self.turns, *of_leaf) for of_leaf in of_leaves]
 
-    def _leaf_update(self, G: Any, left: Any, right: Any, weights: Any, good: Any) -> jax.Array:
+    def _leaf_update(
+        self, function: Any, G: Any, left: Any, right: Any, weights: Any, good: Any
+    ) -> jax.Array:
         D = self._matmul(whole(left, -1), whole(right, -2))
         if weights is not None:
-            D = (at_least_float32(D) + at_least_float32(G) * weights).astype(self.dtype)
+            D = at_least_float32(D) + at_least_float32(G) * weights
+        D = (D if function is None else function(D)).astype(self.dtype)
         return D if good is None else jnp.where(good, D, 0)
 
     def _divided(self, x: jax.Array) -> jax.Array:
@@ -200,10 +208,12 @@ class ProjectedGradients(Gradients):
     def are_zero(self) -> jax.Array:
         self._refuse("whether it is zero")
 
-    def _leaf_update(self, G: Any, left: Any, right: Any, weights: Any, good: Any) -> jax.Array:
+    def _leaf_update(
+        self, function: Any, G: Any, left: Any, right: Any, weights: Any, good: Any
+    ) -> jax.Array:
         if weights is not None:
             self._refuse("the part outside the subspace")
-        return super()._leaf_update(G, left, right, weights, good)
+        return super()._leaf_update(function, G, left, right, weights, good)
 
     def _refuse(self, what: str) -> NoReturn:
         raise ValueError(

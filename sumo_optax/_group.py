@@ -48,6 +48,7 @@ class Rule(NamedTuple):
     stagger: whether leaves have a phase, from 0 to 1, each; else it is 0
     drifts: whether a basis moves by little in every step, less than few bits can tell
     packed: how many numbers are in an element of a state array, at the most
+    whole: whether a step has arrays m x n besides the update
     """
 
     init: Callable[..., tuple[PyTree, ...]]
@@ -59,6 +60,7 @@ class Rule(NamedTuple):
     stagger: bool = False
     drifts: bool = False
     packed: int = 1
+    whole: bool = False
 
     def axis_names(self, view: View) -> list[str]:
         return jax.tree.leaves(self.state_axes(view.m, view.n, view.r))

@@ -3,6 +3,7 @@
 The only file that knows of leaves that are no matrices.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -202,6 +203,8 @@ def _matrices_step(
     columns = [jax.tree.leaves(tree) for tree in trees]
     largest = lambda arrays: rule.packed * max(x.size for x in arrays)
     sizes = [largest(arrays) for arrays in zip(*columns, strict=True)]
+    if rule.whole:
+        sizes = [math.prod(leaf.shape) for _, leaf, _ in matrices]
     # pyrefly: ignore [missing-attribute]
     precision = jax.config.jax_default_matmul_precision or "default"
     updates: list[Any] = [None] * len(matrices)

@@ -4,7 +4,8 @@ Where this differs from the paper, or fills in what it leaves open:
 1. The basis sits on the shorter side, or with side="long" on the longer one, as in the algorithm,
    which assumes m >= n.
 2. Updates are scaled by `consistent_rms * sqrt(max(m, n))`, as the text says and the listing omits.
-3. Three residuals: the listing's raw one, none, and one scaled like the subspace's own step.
+3. Four residuals: the listing's raw one, none, one scaled like the subspace's own step, and one
+   that is in the polar factor, which is then that of a whole matrix.
 4. The first limited norm, and one that follows a zero update, is not limited: there is nothing to
    compare it with.
 5. The basis may also follow the gradient a little at a time ("tracking"), without refreshes: the
@@ -26,14 +27,20 @@ from sumo_optax._arguments import documented
 from sumo_optax._axes import WeightDimensionNumbers
 from sumo_optax._gradient import Update, WholeGradients
 from sumo_optax._group import Rule
-from sumo_optax._linalg import PolarMethod, check_polar_method, column_norms, polar_factor
+from sumo_optax._linalg import (
+    PolarMethod,
+    check_polar_method,
+    column_norms,
+    largest_entry,
+    polar_factor,
+)
 from sumo_optax._matrix import matrix_transformation
 from sumo_optax._paths import PyTree
 from sumo_optax._rank import Rank
 from sumo_optax._view import Side
 from sumo_optax._with_adamw import with_adamw
 
-Residual = Literal["gradient", "scaled"] | None
+Residual = Literal["gradient", "scaled", "orthogonal"] | None
 
 
 class SumoState(NamedTuple):
@@ -103,10 +110,13 @@ def scale_by_sumo(
       nesterov: whether the step looks ahead by one gradient.
       residual: use of the part of the gradient outside the subspace, :math:`R = G - Q \hat G`.
         ``"gradient"`` adds R itself, as Algorithm 1 does. ``"scaled"`` gives each column of R the
-        step size of the subspace, :math:`s R_j \|O_j\| / \|\hat G_j\|`. None adds nothing, so that
-        updates have rank r.
+        step size of the subspace, :math:`s R_j \|O_j\| / \|\hat G_j\|`. ``"orthogonal"`` takes the
+        polar factor of both together, :math:`D = s \, \mathrm{polar}(R + Q M)` or, with Nesterov,
+        :math:`s \, \mathrm{polar}(G + \mu Q M)`: it trains best at any rank, and its products of
+        m x n matrices cost what Muon's do. None adds nothing, so that updates have rank r.
       norm_growth_limit: :math:`\gamma` > 0. The norm of O, or of the scaled residual if there is
-        one, is at most :math:`\gamma` times that of the previous step. None sets no limit.
+        one, is at most :math:`\gamma` times that of the previous step. None sets no limit, nor does
+        ``residual="orthogonal"``, where the norm is the root of the rank.
       consistent_rms: :math:`\rho` > 0 in the formula above. It makes the root mean square of an
         update depend on the rank and not on the shape. None sets s = 1.
       polar: method of the polar factor; see :func:`polar_factor`.
@@ -186,11 +196,17 @@ def scale_by_sumo(
         if refresh_below is not None:
             captured = _subspace.captured_energy(G, G_hat)[:, 0, 0]
         M = momentum * M + G_hat
-        O = polar_factor(momentum * M + G_hat if nesterov else M, method=polar)
+        N = momentum * M + G_hat if nesterov else M
+        O = None if residual == "orthogonal" else polar_factor(N, method=polar)
 
         # Block 3: the limit on the growth of the norm. Block 4: back to the full space.
         scale = 1.0 if consistent_rms is None else consistent_rms * max(G.shape) ** 0.5
-        if residual == "scaled":
+        if O is None:
+            # s polar(Q N + G - Q Ĝ), over a size that a narrow dtype can hold
+            weights = jnp.broadcast_to(1 / largest_entry(N), G_hat[:, :1].shape)
+            of = lambda X: scale * polar_factor(X, method=polar)
+            D, norm = Update(Q, weights * (N - G_hat), weights, of), last_norm
+        elif residual == "scaled":
             phi = _step_over_gradient(O, G_hat)
             # Where phi is 0 the norm may have overflown.
             norms = jnp.where(phi > 0, phi * _residual_norms(G, G_hat), 0)
@@ -206,11 +222,13 @@ def scale_by_sumo(
 
         # Block 1 of the next step, from what this one has at hand.
         if basis == "tracking":
-            Q, M = moved(Q, M, lambda: _subspace.track(G, Q, O))
+            rows = lambda: polar_factor(N, method=polar) if O is None else O
+            Q, M = moved(Q, M, lambda: _subspace.track(G, Q, rows()))
         return D, (Q, M, norm, captured)
 
     axes = lambda m, n, r: ("mr", "rn", "", "")
-    rule = Rule(init, refresh_due, step, axes, rank, side, stagger)
+    whole = residual == "orthogonal"
+    rule = Rule(init, refresh_due, step, axes, rank, side, stagger, whole=whole)
     return matrix_transformation(
         rule,
         SumoState,

@@ -29,6 +29,12 @@ TABLE = {
             **kw,
         ),
     ),
+    "sumo_orthogonal": (
+        lambda learning_rate=1e-2, rank=3, **kw: sumo_optax.sumo(
+            learning_rate, rank, residual="orthogonal", **kw
+        ),
+        lambda rank=3, **kw: sumo_optax.scale_by_sumo(rank, residual="orthogonal", **kw),
+    ),
     "sumo_int8": (
         lambda learning_rate=1e-2, rank=3, **kw: sumo_optax.sumo(
             learning_rate, rank, state_dtype="int8", **kw
@@ -61,7 +67,7 @@ TABLE = {
 
 
 # Rows of other arguments: as slow tests, their files having tests of their own besides.
-VARIANTS = ("sumo_periodic", "sumo_int8", "galore")
+VARIANTS = ("sumo_periodic", "sumo_orthogonal", "sumo_int8", "galore")
 
 
 def every(column, slow=VARIANTS, without=()):
@@ -84,6 +90,10 @@ IN_FEW_BITS = ("sumo_int8",)
 every_optimizer_in_floats = every(0, without=IN_FEW_BITS)
 every_optimizer_in_floats_slowly = every(0, ALL_BUT_ONE, IN_FEW_BITS)
 every_transformation_in_floats = every(1, without=IN_FEW_BITS)
+# For tests of what is sent: not those that need whole matrices.
+WHOLE = ("sumo_orthogonal",)
+every_low_rank_transformation = every(1, without=(*IN_FEW_BITS, *WHOLE))
+every_low_rank_transformation_slowly = every(1, ALL_BUT_ONE, WHOLE)
 
 
 def like(tree, seed, scale=1.0):

@@ -74,14 +74,15 @@ def sumo_step(
         Q = Q_new
     G_hat = Q.T @ G
     M = momentum * M + G_hat
-    O = polar(momentum * M + G_hat if nesterov else M)
+    N = momentum * M + G_hat if nesterov else M
+    O = polar(N)
     outside = G - Q @ G_hat
     R = np.zeros_like(G)
     if residual == "scaled":
         R = outside * (np.linalg.norm(O, axis=0) / np.linalg.norm(G_hat, axis=0))
     limited = R if residual == "scaled" else O
     norm = np.linalg.norm(limited)
-    if norm_growth_limit is not None:
+    if norm_growth_limit is not None and residual != "orthogonal":
         if last > 0 and norm > norm_growth_limit * last:
             limited = limited * (norm_growth_limit * last / norm)
             norm = norm_growth_limit * last
@@ -89,6 +90,8 @@ def sumo_step(
     scale = 1.0 if consistent_rms is None else consistent_rms * np.sqrt(max(m, n))
     if residual == "scaled":
         D = scale * (Q @ O + limited)
+    elif residual == "orthogonal":
+        D = scale * polar(Q @ N + outside)
     else:
         D = scale * (Q @ limited) + (outside if residual == "gradient" else 0)
     if tracking and t % refresh_every == 0:

@@ -79,6 +79,17 @@ def test_updates_are_multiplied_out_either_way_and_0_where_not_good(transposed, 
         np.testing.assert_allclose(x, y, **TOLERANCE)
 
 
+def test_a_function_of_an_update_sees_all_of_it_in_float32(transposed):
+    D = Update(
+        Q, X, jnp.ones((B, 1, N)), lambda x: jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) * x
+    )
+    expected = Q @ X + G
+    expected = np.linalg.norm(expected, axis=(1, 2), keepdims=True) * expected
+    found = stored(G, transposed).updates(D, None)
+    for x, y in zip(found, in_leaves(expected, transposed), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+
+
 def test_projected_gradients_refuse_what_they_do_not_hold():
     held = ProjectedGradients(
         BATCHES, [False] * 3, jnp.float32, None, [None] * 3, jnp.asarray(X), None, (M, N), "w"

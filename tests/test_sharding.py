@@ -15,6 +15,8 @@ import orbax.checkpoint as ocp
 import pytest
 from contracts import (
     assert_close,
+    every_low_rank_transformation,
+    every_low_rank_transformation_slowly,
     every_optimizer_slowly,
     every_transformation_in_floats,
     every_transformation_slowly,
@@ -208,7 +210,7 @@ def compiled(make, shape, spec):
     return collectives.compiled(make(rank=R), shape, spec)
 
 
-@every_transformation_slowly
+@every_low_rank_transformation_slowly
 @pytest.mark.parametrize("spec", ["rows", "columns", "both"])
 @pytest.mark.parametrize("shape", [(64, 32), (32, 64)], ids=["tall", "wide"])
 def test_nothing_of_the_gradients_size_is_sent(make, shape, spec):
@@ -222,7 +224,7 @@ def test_nothing_of_the_gradients_size_is_sent(make, shape, spec):
 TOGETHER = ("online_subspace_descent", "galore", "mofasgd")
 
 
-@every_transformation_slowly
+@every_low_rank_transformation_slowly
 def test_layers_are_read_and_written_one_at_a_time(make, monkeypatch, request):
     """Three, which the mesh cannot divide: products of one of them at a time are sent."""
     monkeypatch.setattr(_group, "_LARGEST_STACK", 1)
@@ -250,7 +252,7 @@ EXTRA = {
 }
 
 
-@every_transformation_in_floats
+@every_low_rank_transformation
 @pytest.mark.parametrize("spec", ["rows", "columns", "both"])
 def test_numbers_sent_in_an_ordinary_step(make, spec, request):
     """What is read, made orthogonal and written travels once: r n and m r numbers thrice."""

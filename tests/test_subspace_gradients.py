@@ -349,6 +349,10 @@ def test_data_parallel_steps_reduce_projected_gradients_alone():
             "the gradient of w/kernel is projected, but this optimizer reads the part outside",
         ),
         (
+            lambda: sumo_optax.scale_by_sumo(2, basis="svd", residual="orthogonal"),
+            "reads the part outside the subspace, for which it needs whole gradients",
+        ),
+        (
             lambda: sumo_optax.scale_by_sumo(2, basis="svd", residual=None, refresh_below=0.1),
             "reads its norm",
         ),

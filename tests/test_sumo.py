@@ -91,13 +91,25 @@ def test_trajectories_agree_with_algorithm_1(residual, limit, nesterov, side):
 @pytest.mark.parametrize("side", ["long", "short"])
 @pytest.mark.parametrize("refresh_every", [1, 10])
 def test_tracking_agrees_with_float64(refresh_every, side):
-    rule = dict(
-        refresh_every=refresh_every,
-        momentum=0.9,
-        nesterov=True,
-        residual="scaled",
-        norm_growth_limit=None,
-        consistent_rms=None,
+    follow_tracking("scaled", side, refresh_every, nesterov=True)
+
+
+@pytest.mark.parametrize("nesterov", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("side", [pytest.param("long", marks=pytest.mark.slow), "short"])
+def test_the_whole_polar_step_agrees_with_float64(side, nesterov):
+    follow_tracking("orthogonal", side, 3, nesterov=nesterov, norm_growth_limit=0.5)
+
+
+def follow_tracking(residual, side, refresh_every, **rule):
+    rule = (
+        dict(
+            refresh_every=refresh_every,
+            momentum=0.9,
+            residual=residual,
+            norm_growth_limit=None,
+            consistent_rms=None,
+        )
+        | rule
     )
     sequences = {name: gradients(shape, 30) for name, shape in SHAPES.items()}
     tx = sumo_optax.scale_by_sumo(RANK, basis="tracking", side=side, **rule)
@@ -221,6 +233,23 @@ def test_scale_follows_the_longer_side():
     a, b = (run(tx, {"w": sequence}, 1)[0][0]["w"] for tx in (plain, scaled))
     np.testing.assert_allclose(np.linalg.svd(a)[1][:RANK], 1, atol=1e-5)
     np.testing.assert_allclose(b, rms * np.sqrt(40) * a, rtol=1e-5)
+
+
+def test_the_whole_polar_step_has_all_singular_values_alike():
+    """Of a batch of layers, one of which has no gradient, and of float16."""
+    G = np.stack([*gradients((40, 16), 2), np.zeros((40, 16))]).astype(np.float16)
+    tx = sumo_optax.scale_by_sumo(
+        2,
+        residual="orthogonal",
+        consistent_rms=None,
+        weight_dimension_numbers=optax.contrib.MuonDimensionNumbers(1, 2),
+    )
+    params = {"w": jnp.zeros(G.shape)}
+    updates, state = jax.jit(tx.update)({"w": jnp.asarray(G)}, tx.init(params))
+    assert state.moment["w"].shape == (3, 2, 40)
+    s = np.linalg.svd(np.asarray(updates["w"], np.float64))[1]
+    np.testing.assert_allclose(s[:2], 1, atol=2e-3)
+    assert not np.any(s[2])
 
 
 def test_newton_schulz_trains_on_another_direction():

@@ -146,6 +146,7 @@ TRANSFORMATIONS = {
     "sumo, stale": sumo_optax.scale_by_sumo(
         3, basis="random", refresh_below=0.5, residual=None, polar="svd", fallback=NONE
     ),
+    "sumo, orthogonal": sumo_optax.scale_by_sumo(3, residual="orthogonal", fallback=NONE),
     "mofasgd": sumo_optax.scale_by_mofasgd(3, complement=0.5, inverse_limit=3.0, fallback=NONE),
     "in a subspace": sumo_optax.scale_in_subspace(
         TRACE, 3, refresh_every=4, transport=True, fallback=NONE
