@@ -19,7 +19,7 @@ from sumo_optax._axes import WeightDimensionNumbers
 from sumo_optax._gradient import Update
 from sumo_optax._group import Rule
 from sumo_optax._linalg import choose
-from sumo_optax._matrix import matrix_transformation
+from sumo_optax._matrix import matrix_transformation, of_tree
 from sumo_optax._paths import PyTree, map_named
 from sumo_optax._rank import Rank
 from sumo_optax._view import Side
@@ -139,12 +139,7 @@ def scale_in_subspace(
         side=side,
         transport=transport,
         scale=scale,
-        weight_dimension_numbers=weight_dimension_numbers,
-        fallback=fallback,
-        skip_nonfinite=skip_nonfinite,
-        state_dtype=state_dtype,
-        metrics=metrics,
-        seed=seed,
+        **of_tree(locals()),
     )
 
 
@@ -159,7 +154,7 @@ def in_subspace(
     side: Side,
     transport: bool,
     scale: jax.typing.ArrayLike,
-    **of_tree: Any,
+    **shared: Any,
 ) -> optax.GradientTransformationExtraArgs:
     _check.transformation("inner", inner)
     refresh_every = _check.integer("refresh_every", refresh_every, least=1)
@@ -207,7 +202,7 @@ def in_subspace(
 
     drifts = online_pca is not None
     rule = Rule(init, refresh_due, step, state_axes, rank, side, stagger, drifts)
-    return matrix_transformation(rule, SubspaceState, **of_tree)
+    return matrix_transformation(rule, SubspaceState, **shared)
 
 
 def _state_axes(of_P: tuple[int, int], of_G_hat: tuple[int, int], state: Any) -> Any:

@@ -28,6 +28,21 @@ from sumo_optax._quantize import bits_of, in_few_bits
 from sumo_optax._rank import check_rank, with_ranks
 from sumo_optax._view import View, matrix_views
 
+# The arguments of `matrix_transformation` that every optimizer has.
+_OF_TREE = (
+    "fallback",
+    "weight_dimension_numbers",
+    "skip_nonfinite",
+    "state_dtype",
+    "metrics",
+    "seed",
+)
+
+
+def of_tree(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Of an optimizer's arguments those that are not its rule's."""
+    return {name: arguments[name] for name in _OF_TREE}
+
 
 def matrix_transformation(
     rule: Rule,

@@ -20,6 +20,7 @@ from sumo_optax import _check
 from sumo_optax._arguments import documented
 from sumo_optax._axes import WeightDimensionNumbers
 from sumo_optax._in_subspace import OnlinePCA, in_subspace
+from sumo_optax._matrix import of_tree
 from sumo_optax._rank import Rank
 from sumo_optax._view import Side
 from sumo_optax._with_adamw import with_adamw
@@ -105,12 +106,7 @@ def scale_by_online_subspace_descent(
         side=side,
         transport=False,
         scale=scale,
-        weight_dimension_numbers=weight_dimension_numbers,
-        fallback=fallback,
-        skip_nonfinite=skip_nonfinite,
-        state_dtype=state_dtype,
-        metrics=metrics,
-        seed=seed,
+        **of_tree(locals()),
     )
 
 
@@ -158,15 +154,11 @@ def online_subspace_descent(
       ValueError, TypeError: see :func:`scale_by_online_subspace_descent`.
 
     Examples:
-      >>> import jax, jax.numpy as jnp, optax, sumo_optax
+      >>> import jax.numpy as jnp, optax, sumo_optax
       >>> params = {"dense": {"kernel": jnp.ones((16, 8)), "bias": jnp.ones(8)}}
-      >>> tx = sumo_optax.online_subspace_descent(0.1, rank=4)
-      >>> state, update = tx.init(params), jax.jit(tx.update)
-      >>> loss = lambda p: jnp.sum(p["dense"]["kernel"] ** 2) + jnp.sum(p["dense"]["bias"] ** 2)
-      >>> for _ in range(10):
-      ...     updates, state = update(jax.grad(loss)(params), state, params)
-      ...     params = optax.apply_updates(params, updates)
-      >>> bool(loss(params) < 136)
+      >>> tx = sumo_optax.online_subspace_descent(0.1, rank=4, scale=0.25)
+      >>> updates, state = tx.update(params, tx.init(params), params)
+      >>> bool(jnp.all(updates["dense"]["kernel"] < 0))
       True
 
     References:

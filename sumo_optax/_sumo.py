@@ -34,7 +34,7 @@ from sumo_optax._linalg import (
     largest_entry,
     polar_factor,
 )
-from sumo_optax._matrix import matrix_transformation
+from sumo_optax._matrix import matrix_transformation, of_tree
 from sumo_optax._paths import PyTree
 from sumo_optax._rank import Rank
 from sumo_optax._view import Side
@@ -168,77 +168,106 @@ def scale_by_sumo(
     _subspace.check_basis(basis)
     _check.choice("side", side, get_args(Side))
 
-    def init(m, n, r, dtype, key):
-        Q = _subspace.start(m, r, dtype, key, basis)
+    of_stack = _Sumo(
+        refresh_every,
+        refresh_below,
+        momentum,
+        nesterov,
+        residual,
+        norm_growth_limit,
+        consistent_rms,
+        polar,
+        basis,
+    )
+    return matrix_transformation(
+        of_stack.rule(rank, side, stagger),
+        SumoState,
+        **of_tree(locals()),
+    )
+
+
+class _Sumo(NamedTuple):
+    """The algorithm for a stack of matrices, with the arguments of `scale_by_sumo`."""
+
+    refresh_every: int
+    refresh_below: float | None
+    momentum: jax.typing.ArrayLike
+    nesterov: bool
+    residual: Residual
+    norm_growth_limit: jax.typing.ArrayLike | None
+    consistent_rms: jax.typing.ArrayLike | None
+    polar: PolarMethod
+    basis: _subspace.Basis
+
+    def rule(self, rank: Rank, side: Side, stagger: bool) -> Rule:
+        axes = lambda m, n, r: ("mr", "rn", "", "")
+        whole = self.residual == "orthogonal"
+        return Rule(self.init, self.refresh_due, self.step, axes, rank, side, stagger, whole=whole)
+
+    def init(self, m, n, r, dtype, key):
+        Q = _subspace.start(m, r, dtype, key, self.basis)
         return Q, jnp.zeros((r, n), dtype), jnp.zeros((), dtype), jnp.ones((), dtype)
 
-    def refresh_due(t, state, phase):
+    def refresh_due(self, t, state, phase):
         Q, _, _, captured = state
-        refresh_due = _subspace.is_refresh_due(t, Q, refresh_every, phase)
-        return refresh_due if refresh_below is None else refresh_due | (captured <= refresh_below)
+        due = _subspace.is_refresh_due(t, Q, self.refresh_every, phase)
+        return due if self.refresh_below is None else due | (captured <= self.refresh_below)
 
-    def step(G, state, t, refresh_due, keys):
+    def step(self, G, state, t, refresh_due, keys):
         Q, M, last_norm, captured = state
+        mu, tracking = self.momentum, self.basis == "tracking"
 
         def moved(Q, M, new_basis):
             def move():
                 Q_new = new_basis()
                 return Q_new, _subspace.transport(Q_new, Q, M)
 
-            return move() if refresh_every == 1 else _subspace.refreshed(refresh_due, move, (Q, M))
+            always = self.refresh_every == 1
+            return move() if always else _subspace.refreshed(refresh_due, move, (Q, M))
 
         # Block 1: the subspace, and the moment carried into it.
-        if basis != "tracking":
-            Q, M = moved(Q, M, lambda: _subspace.refresh(G, Q, keys(), basis))
+        if not tracking:
+            Q, M = moved(Q, M, lambda: _subspace.refresh(G, Q, keys(), self.basis))
 
         # Block 2: the moment, and its polar factor.
         G_hat = G.left_product(Q)
-        if refresh_below is not None:
+        if self.refresh_below is not None:
             captured = _subspace.captured_energy(G, G_hat)[:, 0, 0]
-        M = momentum * M + G_hat
-        N = momentum * M + G_hat if nesterov else M
-        O = None if residual == "orthogonal" else polar_factor(N, method=polar)
+        M = mu * M + G_hat
+        N = mu * M + G_hat if self.nesterov else M
+        O = None if self.residual == "orthogonal" else polar_factor(N, method=self.polar)
 
-        # Block 3: the limit on the growth of the norm. Block 4: back to the full space.
-        scale = 1.0 if consistent_rms is None else consistent_rms * max(G.shape) ** 0.5
-        if O is None:
-            # s polar(Q N + G - Q Ĝ), over a size that a narrow dtype can hold
-            weights = jnp.broadcast_to(1 / largest_entry(N), G_hat[:, :1].shape)
-            of = lambda X: scale * polar_factor(X, method=polar)
-            D, norm = Update(Q, weights * (N - G_hat), weights, of), last_norm
-        elif residual == "scaled":
-            phi = _step_over_gradient(O, G_hat)
-            # Where phi is 0 the norm may have overflown.
-            norms = jnp.where(phi > 0, phi * _residual_norms(G, G_hat), 0)
-            factor, norm = _limited(norms, last_norm, norm_growth_limit)
-            phi = factor * phi
-            # s (Q O + (G - Q Ĝ) diag(phi))
-            D = Update(Q, scale * (O - phi * G_hat), scale * phi)
-        else:
-            factor, norm = _limited(O, last_norm, norm_growth_limit)
-            D = Update(Q, scale * factor * O)
-            if residual == "gradient":  # s Q O + G - Q Ĝ
-                D = Update(Q, D.right - G_hat, jnp.ones_like(G_hat[:, :1]))
+        # Blocks 3 and 4.
+        D, norm = self._in_full_space(G, Q, G_hat, N, O, last_norm)
 
         # Block 1 of the next step, from what this one has at hand.
-        if basis == "tracking":
-            rows = lambda: polar_factor(N, method=polar) if O is None else O
+        if tracking:
+            rows = lambda: polar_factor(N, method=self.polar) if O is None else O
             Q, M = moved(Q, M, lambda: _subspace.track(G, Q, rows()))
         return D, (Q, M, norm, captured)
 
-    axes = lambda m, n, r: ("mr", "rn", "", "")
-    whole = residual == "orthogonal"
-    rule = Rule(init, refresh_due, step, axes, rank, side, stagger, whole=whole)
-    return matrix_transformation(
-        rule,
-        SumoState,
-        fallback=fallback,
-        weight_dimension_numbers=weight_dimension_numbers,
-        skip_nonfinite=skip_nonfinite,
-        state_dtype=state_dtype,
-        metrics=metrics,
-        seed=seed,
-    )
+    def _in_full_space(self, G, Q, G_hat, N, O, last_norm) -> tuple[Update, jax.Array]:
+        """Block 3: the limit on the growth of the norm. Block 4: back to the full space."""
+        rho, limit = self.consistent_rms, self.norm_growth_limit
+        scale = 1.0 if rho is None else rho * max(G.shape) ** 0.5
+        if O is None:
+            # s polar(Q N + G - Q Ĝ), over a size that a narrow dtype can hold
+            weights = jnp.broadcast_to(1 / largest_entry(N), G_hat[:, :1].shape)
+            of = lambda X: scale * polar_factor(X, method=self.polar)
+            return Update(Q, weights * (N - G_hat), weights, of), last_norm
+        if self.residual == "scaled":
+            phi = _step_over_gradient(O, G_hat)
+            # Where phi is 0 the norm may have overflown.
+            norms = jnp.where(phi > 0, phi * _residual_norms(G, G_hat), 0)
+            factor, norm = _limited(norms, last_norm, limit)
+            phi = factor * phi
+            # s (Q O + (G - Q Ĝ) diag(phi))
+            return Update(Q, scale * (O - phi * G_hat), scale * phi), norm
+        factor, norm = _limited(O, last_norm, limit)
+        right = scale * factor * O
+        if self.residual == "gradient":  # s Q O + G - Q Ĝ
+            return Update(Q, right - G_hat, jnp.ones_like(G_hat[:, :1])), norm
+        return Update(Q, right), norm
 
 
 def _step_over_gradient(O: jax.Array, G_hat: jax.Array) -> jax.Array:

@@ -50,7 +50,7 @@ def moment(state, path):
     if isinstance(state, sumo_optax.MofasgdState):
         s = np.asarray(leaf(state.singular_values, path), np.float64)
         return s.reshape(-1, s.shape[-1])
-    tree = state.moment if isinstance(state, sumo_optax.SumoState) else state.inner.mu
+    tree = state.moment if hasattr(state, "moment") else getattr(state, "inner", state).mu
     M = np.asarray(leaf(tree, path), np.float64)
     return np.linalg.svd(M.reshape(-1, *M.shape[-2:]), compute_uv=False)
 
@@ -99,11 +99,12 @@ def test_moments_with_known_spectra():
         np.diag([1.0, 0, 0, 0])[:3],
         np.zeros((3, 4)),
     ]
-    tree = {"w": jnp.asarray(np.stack(moments), jnp.float32)}
+    tree = {"dense": {"kernel": jnp.asarray(np.stack(moments), jnp.float32)}}
     state = sumo_optax.scale_by_sumo(3).init({"dense": {"kernel": jnp.ones((5, 4))}})
     state = state._replace(moment=tree, skipped=jnp.int32(2))
     metrics = sumo_optax.subspace_metrics(state)
-    condition, rank = (metrics.leaves["w"][k] for k in ("condition_number", "effective_rank"))
+    of_leaf = metrics.leaves["dense/kernel"]
+    condition, rank = of_leaf["condition_number"], of_leaf["effective_rank"]
     eps = np.finfo(np.float32).eps
     np.testing.assert_allclose(condition, [1, 2, 1 / eps, 1], rtol=1e-5)
     np.testing.assert_allclose(rank, [3, 2 * 2**0.5, 1, 0], rtol=1e-3)
