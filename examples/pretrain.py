@@ -133,8 +133,8 @@ def optimizer(config: Config, arguments: dict[str, Any]) -> optax.GradientTransf
         raise ValueError(f"{config.optimizer} has no subspace to log; leave out --log-subspace")
     # Updates inside the backward pass: no norm is known before the last gradient is gone.
     clip = sumo_optax.clip_by_last_norm if config.fused else optax.clip_by_global_norm
-    tx = optimizers.create(config.optimizer, config.steps, arguments, clip)
-    return sumo_optax.with_subspace_metrics(tx) if config.log_subspace else tx
+    metrics = {"metrics": True} if config.log_subspace else {}
+    return optimizers.create(config.optimizer, config.steps, arguments | metrics, clip)
 
 
 def functions(shape: LlamaConfig, tx: optax.GradientTransformation, seed: int):

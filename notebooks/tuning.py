@@ -145,9 +145,13 @@ STEPS = 120
 def run(rank, **options):
     """Loss on windows kept apart, the curve, and the subspace's metrics every ten steps."""
     sumo = sumo_optax.sumo(
-        schedule(3e-3, STEPS), rank, adam_learning_rate=schedule(3e-3, STEPS), **options
+        schedule(3e-3, STEPS),
+        rank,
+        adam_learning_rate=schedule(3e-3, STEPS),
+        metrics=True,
+        **options,
     )
-    tx = optax.chain(optax.clip_by_global_norm(1.0), sumo_optax.with_subspace_metrics(sumo))
+    tx = optax.chain(optax.clip_by_global_norm(1.0), sumo)
     read = jax.jit(lambda state: sumo_optax.subspace_metrics(state).summary)
     rows = []
 

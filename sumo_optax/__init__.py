@@ -10,10 +10,9 @@ from sumo_optax._in_subspace import scale_in_subspace as scale_in_subspace
 from sumo_optax._last_norm import LastNormState as LastNormState
 from sumo_optax._last_norm import clip_by_last_norm as clip_by_last_norm
 from sumo_optax._linalg import polar_factor as polar_factor
-from sumo_optax._metrics import MeasuredState as MeasuredState
+from sumo_optax._measured import MeasuredState as MeasuredState
 from sumo_optax._metrics import SubspaceMetrics as SubspaceMetrics
 from sumo_optax._metrics import subspace_metrics as subspace_metrics
-from sumo_optax._metrics import with_subspace_metrics as with_subspace_metrics
 from sumo_optax._mofasgd import MofasgdState as MofasgdState
 from sumo_optax._mofasgd import mofasgd as mofasgd
 from sumo_optax._mofasgd import scale_by_mofasgd as scale_by_mofasgd

@@ -35,7 +35,7 @@ def advise(weight_dimension_numbers: WeightDimensionNumbers | None, params: PyTr
     named = lambda paths: _few([f"{path_string(p)} {jnp.shape(leaves[p])}" for p in paths])
     if _is_default(weight_dimension_numbers):
         found = readings(params)
-        doubts = [path for path, x in found.items() if x.is_open]
+        doubts = [path for path, x in found.items() if x.is_ambiguous]
         what = "path and shape do not tell which axes make a matrix"
         short = [path for path, x in found.items() if x.is_short]
     else:

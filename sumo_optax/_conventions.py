@@ -1,8 +1,8 @@
 """Which leaves of a tree are matrices, where nobody says so: read off what the tree shows.
 
 Evidence, in the order in which it is trusted: the axis names that variables carry, the types of
-modules, sizes that all leaves of a block share, the bias beside a kernel, and names last. What is
-left open is no matrix: the fallback is the safe choice, and `init` warns of it.
+modules, sizes that all leaves of a block share, the bias beside a kernel, and names last. An
+ambiguous leaf is no matrix: the fallback is the safe choice, and `init` warns of it.
 """
 
 import math
@@ -51,7 +51,7 @@ class Reading(NamedTuple):
 
     axes: tuple[Axes, Axes] | None  # of inputs and outputs
     why: str
-    is_open: bool = False  # it may hold a matrix all the same
+    is_ambiguous: bool = False  # it may hold a matrix all the same
     is_short: bool = False  # one side is shorter than all other axes, as a stack's is
 
 
@@ -71,8 +71,9 @@ def flax_dimension_numbers(params: PyTree) -> PyTree:
        ``query|key|value`` are (d, heads, head_dim) and ``out`` is (heads, head_dim, d); Gemma's
        einsum layers follow their equations; experts have one more batch axis.
 
-    A leaf that these sources leave open is not a matrix, and the fallback trains it. ``init`` warns
-    about such leaves, and ``describe`` gives the reason for each leaf.
+    A leaf of which these sources do not tell the axes is ambiguous: it is not a matrix, and the
+    fallback trains it. ``init`` warns about such leaves, and ``describe`` gives the reason for each
+    leaf.
 
     This function is the default of every ``weight_dimension_numbers``. Wrap it to overrule it for
     some leaves, or replace it.
@@ -116,7 +117,7 @@ def _reading(x: Seen, by_names: dict[Path, Seen]) -> Reading:
     long = tuple(i for i, n in enumerate(x.shape) if n > 1)
     if not found and len(long) == 2:
         return _matrix(x, long[:1], long[1:], "two axes longer than 1")
-    return found or Reading(None, "path and shape allow more than one reading", is_open=True)
+    return found or Reading(None, "path and shape allow more than one reading", is_ambiguous=True)
 
 
 def _no_matrix(x: Seen) -> str | None:
@@ -224,7 +225,7 @@ def _by_named_sides(x: Seen, layer: Any, why: str) -> Reading | None:
 
 
 def _by_bias(x: Seen, by_names: dict[Path, Seen]) -> Reading | None:
-    """The bias has the kernel's batch axes and its outputs; two ways to read it leave it open."""
+    """The bias has the kernel's batch axes and its outputs; it may be ambiguous itself."""
     beside = (by_names.get((*x.names[:-1], name)) for name in _BIASES)
     bias = next((y.shape for y in beside if y is not None and y is not x), ())
     if x.name not in KERNELS or not bias:

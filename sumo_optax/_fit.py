@@ -46,10 +46,10 @@ def check_gradients(updates: PyTree, held: PyTree, params: PyTree | None) -> Non
             )
 
 
-def trees_of(rule: Rule, state: Any) -> list[PyTree]:
+def trees_of(rule: Rule, fields: tuple[PyTree, ...]) -> list[PyTree]:
     """The fields of a state as trees like the parameters, one for each of the rule's arrays."""
     try:
-        return rule.structure().flatten_up_to(tuple(state[1:-2]))
+        return rule.structure().flatten_up_to(fields)
     except ValueError as error:
         raise ValueError(f"the state is that of another inner optimizer{_CHECK}") from error
 

@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import optax
 
 from sumo_optax import _check, _subspace
+from sumo_optax._arguments import documented
 from sumo_optax._axes import WeightDimensionNumbers
 from sumo_optax._gradient import Update
 from sumo_optax._group import Rule
 from sumo_optax._linalg import choose
-from sumo_optax._matrix import matrix_transformation
+from sumo_optax._matrix import matrix_transformation, of_tree
 from sumo_optax._paths import PyTree, map_named
 from sumo_optax._rank import Rank
 from sumo_optax._view import Side
@@ -39,7 +40,7 @@ class SubspaceState(NamedTuple):
 
     count: jax.Array  # shape (), int32
     basis: PyTree  # P, shape (*batch, p, r), p the side that is projected
-    projector: PyTree  # state of the optimizer of P, with arrays like P; () where there is none
+    projector: PyTree  # state of the basis' optimizer, with arrays like P; () where there is none
     inner: PyTree  # state of the inner optimizer, with arrays like PᵀG, shape (*batch, r, q)
     fallback: PyTree  # state of the fallback, which sees a `MaskedNode` for every matrix
     skipped: jax.Array  # updates of a matrix or leaf skipped so far, shape (), int32
@@ -53,6 +54,7 @@ class OnlinePCA(NamedTuple):
     penalty: jax.typing.ArrayLike
 
 
+@documented()
 def scale_in_subspace(
     inner: optax.GradientTransformation,
     rank: Rank = 0.25,
@@ -67,6 +69,7 @@ def scale_in_subspace(
     fallback: optax.GradientTransformation | None = None,
     skip_nonfinite: bool = True,
     state_dtype: jax.typing.DTypeLike | None = None,
+    metrics: bool = False,
     seed: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Runs any optax transformation on gradients that are projected onto a subspace.
@@ -81,7 +84,6 @@ def scale_in_subspace(
     Args:
       inner: the transformation. Each matrix has its own inner state. `inner` must not read
         parameters: it receives zeros of the shape of :math:`\hat G` in their place.
-      rank: r, an integer, a fraction of the short side or a function; see :func:`scale_by_sumo`.
       basis: where the basis moves. ``"randomized_svd"`` and ``"svd"`` move it to the dominant
         subspace of the gradient every `refresh_every` steps. ``"random"`` moves it to a random
         subspace. ``"online_pca"`` moves it at every step, as in
@@ -98,8 +100,6 @@ def scale_in_subspace(
         unchanged, as in GaLore. ``basis="online_pca"`` excludes `transport`, `stagger` and
         `refresh_every`.
       scale: a > 0, GaLore's scale factor.
-      weight_dimension_numbers, fallback, skip_nonfinite: see :func:`scale_by_sumo`.
-      state_dtype, seed: see :func:`scale_by_sumo`.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with state :class:`SubspaceState`.
@@ -112,7 +112,7 @@ def scale_in_subspace(
       >>> import jax.numpy as jnp, optax, sumo_optax
       >>> galore = optax.chain(
       ...     sumo_optax.scale_in_subspace(optax.scale_by_adam(), rank=4, basis="svd", scale=0.25),
-      ...     optax.scale_by_learning_rate(1e-2),
+      ...     optax.scale_by_learning_rate(3e-3),
       ... )
       >>> params = {"dense": {"kernel": jnp.ones((16, 8)), "bias": jnp.ones(8)}}
       >>> state = galore.init(params)
@@ -139,11 +139,7 @@ def scale_in_subspace(
         side=side,
         transport=transport,
         scale=scale,
-        weight_dimension_numbers=weight_dimension_numbers,
-        fallback=fallback,
-        skip_nonfinite=skip_nonfinite,
-        state_dtype=state_dtype,
-        seed=seed,
+        **of_tree(locals()),
     )
 
 
@@ -158,30 +154,21 @@ def in_subspace(
     side: Side,
     transport: bool,
     scale: jax.typing.ArrayLike,
-    **of_tree: Any,
+    **shared: Any,
 ) -> optax.GradientTransformationExtraArgs:
     _check.transformation("inner", inner)
     refresh_every = _check.integer("refresh_every", refresh_every, least=1)
     _check.choice("side", side, get_args(Side))
     _check.number("scale", scale, above=0)
 
-    def start(m, n, r, dtype):
+    def init(m, n, r, dtype, key):
         P = jnp.zeros((m, r), dtype)
         projector = () if online_pca is None else online_pca.optimizer.init(P)
         return P, projector, inner.init(jnp.zeros((r, n), dtype))
 
-    def init(m, n, r, dtype, key):
-        return start(m, n, r, dtype)
-
-    def axes(m, n, r):
-        """Arrays of the optimizers that are like P or like Ĝ lie as these do."""
-        P, projector, inner_state = jax.eval_shape(lambda: start(m, n, r, jnp.float32))
-        like = lambda shape, word: lambda x: word if x.shape == shape else ""
-        return (
-            "mr",
-            jax.tree.map(like(P.shape, "mr"), projector),
-            jax.tree.map(like((r, n), "rn"), inner_state),
-        )
+    def state_axes(m, n, r):
+        state = jax.eval_shape(lambda: init(m, n, r, jnp.float32, None))
+        return _state_axes((m, r), (r, n), state)
 
     def refresh_due(t, state, phase):
         P, _, _ = state
@@ -214,8 +201,19 @@ def in_subspace(
         return Update(P, scale * delta), (P_new, projector, inner_state)
 
     drifts = online_pca is not None
-    rule = Rule(init, refresh_due, step, axes, rank, side, stagger, drifts)
-    return matrix_transformation(rule, SubspaceState, **of_tree)
+    rule = Rule(init, refresh_due, step, state_axes, rank, side, stagger, drifts)
+    return matrix_transformation(rule, SubspaceState, **shared)
+
+
+def _state_axes(of_P: tuple[int, int], of_G_hat: tuple[int, int], state: Any) -> Any:
+    """Arrays of the optimizers that are like P or like Ĝ lie as these do."""
+    _, projector, inner_state = state
+    like = lambda shape, word: lambda x: word if x.shape == shape else ""
+    return (
+        "mr",
+        jax.tree.map(like(of_P, "mr"), projector),
+        jax.tree.map(like(of_G_hat, "rn"), inner_state),
+    )
 
 
 def _moved(pca: OnlinePCA, gradient, P, state, t) -> tuple[jax.Array, PyTree]:

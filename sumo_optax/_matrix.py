@@ -4,7 +4,7 @@ The only file that knows of leaves that are no matrices.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +22,26 @@ from sumo_optax._group import (
     or_zero,
 )
 from sumo_optax._linalg import wide
+from sumo_optax._measured import MeasuredState, measured
 from sumo_optax._paths import Path, PyTree, named_leaves, path_string, whole_of
 from sumo_optax._quantize import bits_of, in_few_bits
 from sumo_optax._rank import check_rank, with_ranks
 from sumo_optax._view import View, matrix_views
 
-MATRIX, FALLBACK = "matrix", "fallback"
+# The arguments of `matrix_transformation` that every optimizer has.
+_OF_TREE = (
+    "fallback",
+    "weight_dimension_numbers",
+    "skip_nonfinite",
+    "state_dtype",
+    "metrics",
+    "seed",
+)
+
+
+def of_tree(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Of an optimizer's arguments those that are not its rule's."""
+    return {name: arguments[name] for name in _OF_TREE}
 
 
 def matrix_transformation(
@@ -38,24 +52,20 @@ def matrix_transformation(
     weight_dimension_numbers: WeightDimensionNumbers | None,
     skip_nonfinite: bool,
     state_dtype: Any,
+    metrics: bool,
     seed: jax.typing.ArrayLike,
 ) -> optax.GradientTransformationExtraArgs:
     """The transformation that runs `rule` on the matrices of a tree, `fallback` on the rest.
 
     `state_type(count, *fields, fallback, skipped)` is a NamedTuple; a field is the rule's, with a
     tree like the parameters for every array: batch axes in front for a matrix, a `MaskedNode` for
-    any other leaf.
+    any other leaf. With `metrics` it is the `inner` of a `MeasuredState`.
     """
     check_rank(rule.rank)
-    _check.state_dtype(state_dtype)
-    if fallback is not None:
-        _check.transformation("fallback", fallback, or_else="None")
-    bits = bits_of(state_dtype)
-    if bits is not None:
-        rule, state_dtype = in_few_bits(rule, bits), None
-    fallback = optax.with_extra_args_support(
-        optax.scale_by_adam() if fallback is None else fallback
-    )
+    rule, dtype = _with_state(rule, state_dtype, metrics)
+    others = optax.scale_by_adam() if fallback is None else fallback
+    _check.transformation("fallback", others, or_else="None")
+    others = optax.with_extra_args_support(others)
 
     def views_of(tree):
         views = matrix_views(tree, weight_dimension_numbers, rule.side)
@@ -63,107 +73,173 @@ def matrix_transformation(
 
     def init(params):
         _check.arrays("params", params, numbers=True)
-        leaves, treedef = jax.tree.flatten(params)
         advise(weight_dimension_numbers, params)
         views = views_of(params)
-        key = jax.random.key(seed)
-        states, words = [], []
-        for path, leaf, view in zip(named_leaves(params), leaves, views, strict=True):
-            if view is None:
-                states.append(None)
-                words.append(None)
-                continue
-            _check_real(path, leaf)
-            dtype = wide(leaf.dtype)
-            key_of_leaf = jax.random.fold_in(jax.random.fold_in(key, hash_of(path)), 0)
-            one = rule.init(view.m, view.n, view.r, dtype, key_of_leaf)
-            one = _stacked(one, view.batch, dtype if state_dtype is None else state_dtype)
-            words.append(rule.axis_names(view))
-            states.append(_layout.placed(jax.tree.leaves(one), leaf, view, words[-1]))
-        trees = []
-        for i in range(rule.structure().num_leaves):
-            of_leaf = lambda x, i=i: optax.MaskedNode() if x is None else x[i]
-            tree = treedef.unflatten(list(map(of_leaf, states)))
-            names = ["" if x is None else x[i] for x in words]
-            trees.append(_layout.renamed(tree, params, views, names))
-        others = fallback.init(_without_matrices(treedef, leaves, views))
-        t = jnp.zeros([], jnp.int32)
-        return state_type(t, *rule.structure().unflatten(trees), others, jnp.zeros([], jnp.int32))
+        fields = _initial_fields(rule, params, views, dtype, jax.random.key(seed))
+        leaves, treedef = jax.tree.flatten(params)
+        of_others = others.init(_without_matrices(treedef, leaves, views))
+        count, skipped = (jnp.zeros([], jnp.int32) for _ in range(2))  # each may be donated
+        return _packed(state_type, metrics, count, fields, of_others, skipped)
 
     def update(updates, state, params=None, **extra_args):
-        _fit.check_state_type(state, state_type)
-        trees = _fit.trees_of(rule, state)
+        count, fields, of_others, skipped = _unpacked(state_type, metrics, state)
+        trees = _fit.trees_of(rule, fields)
         _fit.check_gradients(updates, trees[0], params)
+        grads = _Gradients.of(updates, views_of)
+        grads.check(rule, trees, params)
+        rest = grads.without_matrices(updates)
+        _fit.check_fallback(rest, of_others)
+        finite = jax.tree.map(lambda g: jnp.all(jnp.isfinite(g)) | (not skip_nonfinite), rest)
+        rest, of_others = others.update(
+            jax.tree.map(or_zero, finite, rest),
+            of_others,
+            None if params is None else grads.without_matrices(params),
+            **extra_args,
+        )
+        rest = jax.tree.map(or_zero, finite, rest)
+        so_far = skipped + sum((~ok).astype(jnp.int32) for ok in jax.tree.leaves(finite))
+        phases = _phases(weight_dimension_numbers, grads.shapes) if rule.stagger else {}
+        Ds, trees, so_far = _matrices_step(
+            rule, grads, trees, phases, count, jax.random.key(seed), so_far, skip_nonfinite
+        )
+        so_far = jnp.maximum(so_far, skipped)  # the largest number is not passed
+        fields = rule.structure().unflatten(trees)
+        count = optax.safe_increment(count)
+        new_state = _packed(state_type, metrics, count, fields, of_others, so_far)
+        return grads.with_matrices(rest, Ds), new_state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _with_state(rule: Rule, dtype: Any, metrics: bool) -> tuple[Rule, Any]:
+    """The rule with a state as asked for, and the dtype of arrays that it says nothing of."""
+    _check.state_dtype(dtype)
+    rule = measured(rule) if metrics else rule
+    bits = bits_of(dtype)
+    return (rule, dtype) if bits is None else (in_few_bits(rule, bits), None)
+
+
+def _packed(
+    state_type: Any, metrics: bool, count: Any, fields: tuple[PyTree, ...], others: Any, bad: Any
+) -> Any:
+    """A state, with the three last fields of its rule around it where these are metrics."""
+    own, kept = (fields[:-3], fields[-3:]) if metrics else (fields, ())
+    state = state_type(count, *own, others, bad)
+    return MeasuredState(state, *kept) if metrics else state
+
+
+def _unpacked(
+    state_type: Any, metrics: bool, state: Any
+) -> tuple[jax.Array, tuple[PyTree, ...], Any, jax.Array]:
+    _fit.check_state_type(state, MeasuredState if metrics else state_type)
+    inner, *kept = state if metrics else (state,)
+    _fit.check_state_type(inner, state_type)
+    count, *own, others, skipped = inner
+    return count, (*own, *kept), others, skipped
+
+
+def _initial_fields(
+    rule: Rule, params: PyTree, views: list[View | None], state_dtype: Any, key: jax.Array
+) -> tuple[PyTree, ...]:
+    """Those of a state, where the parameters say that they lie."""
+    treedef = jax.tree.structure(params)
+    states, words = [], []
+    for (path, leaf), view in zip(named_leaves(params).items(), views, strict=True):
+        if view is None:
+            states.append(None)
+            words.append(None)
+            continue
+        _check_real(path, leaf)
+        dtype = wide(leaf.dtype)
+        key_of_leaf = jax.random.fold_in(jax.random.fold_in(key, hash_of(path)), 0)
+        one = rule.init(view.m, view.n, view.r, dtype, key_of_leaf)
+        one = _stacked(one, view.batch, dtype if state_dtype is None else state_dtype)
+        words.append(rule.axis_names(view))
+        states.append(_layout.placed(jax.tree.leaves(one), leaf, view, words[-1]))
+    trees = []
+    for i in range(rule.structure().num_leaves):
+        of_leaf = lambda x, i=i: optax.MaskedNode() if x is None else x[i]
+        names = ["" if x is None else x[i] for x in words]
+        tree = treedef.unflatten(list(map(of_leaf, states)))
+        trees.append(_layout.renamed(tree, params, views, names))
+    return rule.structure().unflatten(trees)
+
+
+class _Gradients(NamedTuple):
+    """The leaves of a tree of gradients, whole or projected, and how each is seen."""
+
+    treedef: Any
+    paths: list[Path]
+    leaves: list[Any]
+    views: list[View | None]
+    shapes: PyTree  # like the parameters
+
+    @classmethod
+    def of(cls, updates: PyTree, views_of: Any) -> "_Gradients":
         leaves, treedef = jax.tree.flatten(updates, is_leaf=is_projected)
         shapes = treedef.unflatten(
             [jax.ShapeDtypeStruct(x.shape, x.dtype) if is_projected(x) else x for x in leaves]
         )
-        paths = list(named_leaves(shapes))
-        views = views_of(shapes)
-        for path, G, view in zip(paths, leaves, views, strict=True):
+        return cls(treedef, list(named_leaves(shapes)), leaves, views_of(shapes), shapes)
+
+    def check(self, rule: Rule, trees: list[PyTree], params: PyTree) -> None:
+        for path, G, view in zip(self.paths, self.leaves, self.views, strict=True):
             _check_projected(path, G, view, params)
-        _fit.check_matrices(rule, paths, views, trees)
-        without_matrices = lambda tree: _without_matrices(
-            treedef, treedef.flatten_up_to(tree), views
-        )
-        grads = without_matrices(updates)
-        _fit.check_fallback(grads, state.fallback)
-        finite = jax.tree.map(lambda g: jnp.all(jnp.isfinite(g)) | (not skip_nonfinite), grads)
-        others, fallback_state = fallback.update(
-            jax.tree.map(or_zero, finite, grads),
-            state.fallback,
-            None if params is None else without_matrices(params),
-            **extra_args,
-        )
-        others = jax.tree.map(or_zero, finite, others)
-        skipped = state.skipped + sum((~ok).astype(jnp.int32) for ok in jax.tree.leaves(finite))
+        _fit.check_matrices(rule, self.paths, self.views, trees)
 
-        outputs = treedef.flatten_up_to(others)
-        columns = [jax.tree.leaves(tree) for tree in trees]
-        matrices = [i for i, view in enumerate(views) if view is not None]
-        key = jax.random.key(seed)
-        # pyrefly: ignore [missing-attribute]
-        precision = jax.config.jax_default_matmul_precision or "default"
-        of = lambda things, group: [things[matrices[k]] for k in group.members]
-        given = [leaves[i].dtype for i in matrices]
-        for i in matrices:
-            if not is_projected(leaves[i]):
-                leaves[i] = leaves[i].astype(_at_least_bfloat16(leaves[i].dtype))
-        members = [(paths[i], leaves[i], views[i]) for i in matrices]
-        largest = lambda arrays: rule.packed * max(x.size for x in arrays)
-        sizes = [largest(arrays) for arrays in zip(*columns, strict=True)]
-        if rule.whole:
-            sizes = [math.prod(leaf.shape) for _, leaf, _ in members]
-        phases = _phases(weight_dimension_numbers, shapes) if rule.stagger else {}
-        for group in groups_of(rule, members, sizes, phases):
-            views_of_group, leaves_of_group = of(views, group), of(leaves, group)
-            step = group_step(
-                rule, group, of(paths, group), views_of_group, skip_nonfinite, precision
-            )
-            old = [[column[k] for k in group.members] for column in columns]
-            step = _layout.in_auto_mode(step, leaves_of_group, old)
-            # The state is not made ready before there are gradients.
-            old, leaves_of_group = jax.lax.optimization_barrier((old, leaves_of_group))
-            if not group.layer:  # groups of all layers go one after the other
-                old, skipped = jax.lax.optimization_barrier((old, skipped))
-            Ds, new, bad = jax.lax.optimization_barrier(
-                step(leaves_of_group, old, state.count, key)
-            )
-            skipped += bad
-            for j, k in enumerate(group.members):
-                outputs[matrices[k]] = Ds[j].astype(given[k])
-                for column, arrays in zip(columns, new, strict=True):
-                    column[k] = arrays[j]
-        trees = [
-            jax.tree.unflatten(jax.tree.structure(tree), column)
-            for tree, column in zip(trees, columns, strict=True)
-        ]
-        fields = rule.structure().unflatten(trees)
-        skipped = jnp.maximum(skipped, state.skipped)  # the largest number is not passed
-        new_state = state_type(optax.safe_increment(state.count), *fields, fallback_state, skipped)
-        return treedef.unflatten(outputs), new_state
+    def without_matrices(self, tree: PyTree) -> PyTree:
+        return _without_matrices(self.treedef, self.treedef.flatten_up_to(tree), self.views)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    def matrices(self) -> list[tuple[Path, Any, View]]:
+        each = zip(self.paths, self.leaves, self.views, strict=True)
+        return [(path, _at_least_bfloat16(G), view) for path, G, view in each if view is not None]
+
+    def with_matrices(self, others: PyTree, Ds: list[jax.Array]) -> PyTree:
+        """The updates of all leaves, in the gradients' dtypes."""
+        outputs = self.treedef.flatten_up_to(others)
+        matrices = [i for i, view in enumerate(self.views) if view is not None]
+        for i, D in zip(matrices, Ds, strict=True):
+            outputs[i] = D.astype(self.leaves[i].dtype)
+        return self.treedef.unflatten(outputs)
+
+
+def _matrices_step(
+    rule: Rule,
+    grads: _Gradients,
+    trees: list[PyTree],
+    phases: dict[Path, float],
+    t: jax.Array,
+    key: jax.Array,
+    skipped: jax.Array,
+    skip_nonfinite: bool,
+) -> tuple[list[jax.Array], list[PyTree], jax.Array]:
+    """Updates of the matrices, their new state, and how many updates were skipped so far."""
+    matrices = grads.matrices()
+    columns = [jax.tree.leaves(tree) for tree in trees]
+    largest = lambda arrays: rule.packed * max(x.size for x in arrays)
+    sizes = [largest(arrays) for arrays in zip(*columns, strict=True)]
+    if rule.whole:
+        sizes = [math.prod(leaf.shape) for _, leaf, _ in matrices]
+    # pyrefly: ignore [missing-attribute]
+    precision = jax.config.jax_default_matmul_precision or "default"
+    updates: list[Any] = [None] * len(matrices)
+    for group in groups_of(rule, matrices, sizes, phases):
+        paths, leaves, views = map(list, zip(*(matrices[k] for k in group.members), strict=True))
+        old = [[column[k] for k in group.members] for column in columns]
+        step = group_step(rule, group, paths, views, skip_nonfinite, precision)
+        step = _layout.in_auto_mode(step, leaves, old)
+        # The state is not made ready before there are gradients.
+        old, leaves = jax.lax.optimization_barrier((old, leaves))
+        if not group.layer:  # groups of all layers go one after the other
+            old, skipped = jax.lax.optimization_barrier((old, skipped))
+        Ds, new, bad = jax.lax.optimization_barrier(step(leaves, old, t, key))
+        skipped += bad
+        for j, k in enumerate(group.members):
+            updates[k] = Ds[j]
+            for column, arrays in zip(columns, new, strict=True):
+                column[k] = arrays[j]
+    of_tree = zip(trees, columns, strict=True)
+    return updates, [jax.tree.structure(x).unflatten(column) for x, column in of_tree], skipped
 
 
 def _phases(numbers: WeightDimensionNumbers | None, tree: PyTree) -> dict[Path, float]:
@@ -193,47 +269,17 @@ def _check_real(path: Path, leaf: Any) -> None:
         )
 
 
-def _at_least_bfloat16(dtype: Any) -> Any:
+def _at_least_bfloat16(G: Any) -> Any:
     """JAX's 8-bit floats do not mix with others; bfloat16 holds all of their numbers."""
-    small = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 16
-    return jnp.bfloat16 if small else dtype
+    small = jnp.issubdtype(G.dtype, jnp.floating) and jnp.finfo(G.dtype).bits < 16
+    return G.astype(jnp.bfloat16) if small and not is_projected(G) else G
 
 
 def _stacked(tree: PyTree, batch: tuple[int, ...], dtype: Any) -> PyTree:
     return jax.tree.map(lambda x: jnp.broadcast_to(x, batch + x.shape), cast(tree, dtype))
 
 
-def _without_matrices(treedef, leaves, views) -> PyTree:
+def _without_matrices(treedef: Any, leaves: list[Any], views: list[View | None]) -> PyTree:
     return treedef.unflatten(
         [x if v is None else optax.MaskedNode() for x, v in zip(leaves, views, strict=True)]
-    )
-
-
-def decay_and_scale(
-    learning_rate: optax.ScalarOrSchedule,
-    weight_decay: jax.typing.ArrayLike,
-    weight_decay_mask: Any,
-    adam_learning_rate: optax.ScalarOrSchedule | None,
-    adam_weight_decay: jax.typing.ArrayLike,
-    weight_dimension_numbers: WeightDimensionNumbers | None,
-) -> optax.GradientTransformationExtraArgs:
-    """Decoupled weight decay and learning rate, for matrices and for the fallback's leaves."""
-
-    _check.scheduled("learning_rate", learning_rate)
-    _check.scheduled("adam_learning_rate", adam_learning_rate, optional=True)
-    _check.scheduled("weight_decay", weight_decay, least=0)
-    _check.scheduled("adam_weight_decay", adam_weight_decay, least=0)
-
-    def labels(params):
-        treedef = jax.tree.structure(params)
-        specs = resolve(weight_dimension_numbers, params)
-        return treedef.unflatten([FALLBACK if s is None else MATRIX for s in specs])
-
-    part = lambda rate, decay: optax.chain(
-        optax.add_decayed_weights(decay, weight_decay_mask), optax.scale_by_learning_rate(rate)
-    )
-    adam_rate = learning_rate if adam_learning_rate is None else adam_learning_rate
-    return optax.partition(
-        {MATRIX: part(learning_rate, weight_decay), FALLBACK: part(adam_rate, adam_weight_decay)},
-        labels,
     )

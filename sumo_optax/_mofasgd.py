@@ -22,13 +22,15 @@ import jax.numpy as jnp
 import optax
 
 from sumo_optax import _check, _subspace
+from sumo_optax._arguments import documented
 from sumo_optax._axes import WeightDimensionNumbers
 from sumo_optax._gradient import Update, WholeGradients
 from sumo_optax._group import Rule
 from sumo_optax._linalg import above_rounding, orthonormal_columns, svd
-from sumo_optax._matrix import decay_and_scale, matrix_transformation
+from sumo_optax._matrix import matrix_transformation, of_tree
 from sumo_optax._paths import PyTree
 from sumo_optax._rank import Rank
+from sumo_optax._with_adamw import with_adamw
 
 
 class MofasgdState(NamedTuple):
@@ -47,6 +49,7 @@ class MofasgdState(NamedTuple):
     skipped: jax.Array  # updates of a matrix or leaf skipped so far, shape (), int32
 
 
+@documented()
 def scale_by_mofasgd(
     rank: Rank = 0.25,
     *,
@@ -58,6 +61,7 @@ def scale_by_mofasgd(
     fallback: optax.GradientTransformation | None = None,
     skip_nonfinite: bool = True,
     state_dtype: jax.typing.DTypeLike | None = None,
+    metrics: bool = False,
     seed: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""MoFaSGD: momentum kept as a rank-r SVD, as a transformation of gradients.
@@ -78,7 +82,6 @@ def scale_by_mofasgd(
     the right of that line. The state has (m + n + 1) r numbers for each matrix.
 
     Args:
-      rank: r, an integer, a fraction of the short side or a function; see :func:`scale_by_sumo`.
       momentum: :math:`\beta` in [0, 1), or a schedule of it. The authors raise it over 300 steps,
         from 0.65 to 0.85 or from 0.75 to 0.95.
       inverse_limit: a number > 0 sets :math:`d_i = \min(1 / s_i, \text{limit})`, as in the
@@ -87,8 +90,6 @@ def scale_by_mofasgd(
         not see.
       consistent_rms: :math:`\rho` > 0 in the formula above. It makes the root mean square of an
         update depend on the rank and not on the shape. None sets the factor to 1.
-      weight_dimension_numbers, fallback, skip_nonfinite: see :func:`scale_by_sumo`.
-      state_dtype, seed: see :func:`scale_by_sumo`.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with state :class:`MofasgdState`. With
@@ -103,12 +104,11 @@ def scale_by_mofasgd(
       >>> import jax.numpy as jnp, optax, sumo_optax
       >>> tx = optax.chain(
       ...     sumo_optax.scale_by_mofasgd(4, momentum=optax.linear_schedule(0.75, 0.95, 300)),
-      ...     optax.scale_by_learning_rate(1e-2),
+      ...     optax.scale_by_learning_rate(3e-3),
       ... )
       >>> params = {"dense": {"kernel": jnp.ones((16, 8)), "bias": jnp.ones(8)}}
       >>> state = tx.init(params)
       >>> updates, state = tx.update(params, state, params)
-      >>> params = optax.apply_updates(params, updates)
 
     References:
       `arXiv 2507.08091 <https://arxiv.org/abs/2507.08091>`_, Algorithm 1.
@@ -131,13 +131,7 @@ def scale_by_mofasgd(
         beta = momentum(t) if callable(momentum) else momentum
         U, s, V = state
 
-        def begin():
-            """The dominant subspace of G, from which a step with V = 0 makes G's rank-r SVD."""
-            U_new = _subspace.refresh(G, U, keys(), "randomized_svd")
-            n, r = V.shape[-2:]
-            random = jax.vmap(lambda key: jax.random.normal(key, (n, r), V.dtype))(keys())
-            return U_new, jnp.zeros_like(V), random / n**0.5
-
+        begin = lambda: _beginning(G, U, V, keys())
         U, V, spare = _subspace.refreshed(refresh_due, begin, (U, V, V))
         seen = _Seen.of(G, U, V)
         U, s, V = _tangent_step(seen, s[:, None], beta, spare)
@@ -154,12 +148,17 @@ def scale_by_mofasgd(
     return matrix_transformation(
         Rule(init, refresh_due, step, lambda m, n, r: ("mr", "r", "nr"), rank),
         MofasgdState,
-        fallback=fallback,
-        weight_dimension_numbers=weight_dimension_numbers,
-        skip_nonfinite=skip_nonfinite,
-        state_dtype=state_dtype,
-        seed=seed,
+        **of_tree(locals()),
     )
+
+
+def _beginning(
+    G: WholeGradients, U: jax.Array, V: jax.Array, keys: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The dominant subspace of G, from which a step with V = 0 makes G's rank-r SVD."""
+    n, r = V.shape[-2:]
+    random = jax.vmap(lambda key: jax.random.normal(key, (n, r), V.dtype))(keys)
+    return _subspace.refresh(G, U, keys, "randomized_svd"), jnp.zeros_like(V), random / n**0.5
 
 
 class _Seen(NamedTuple):
@@ -220,6 +219,7 @@ def _completed(columns: jax.Array, found: jax.Array, spare: jax.Array) -> jax.Ar
     return orthonormal_columns(columns + spare - columns @ (columns.mT @ spare))
 
 
+@documented(scale_by_mofasgd)
 def mofasgd(
     learning_rate: optax.ScalarOrSchedule,
     rank: Rank = 0.25,
@@ -238,17 +238,15 @@ def mofasgd(
     adam_learning_rate: optax.ScalarOrSchedule | None = None,
     skip_nonfinite: bool = True,
     state_dtype: jax.typing.DTypeLike | None = None,
+    metrics: bool = False,
     seed: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""A complete optimizer: MoFaSGD for matrices and AdamW for all other leaves.
 
     .. math:: W \leftarrow W - \eta \, (D + \lambda W)
 
-    Here D comes from :func:`scale_by_mofasgd`, :math:`\eta` is the learning rate and
-    :math:`\lambda` the weight decay.
-
-    The arguments that are not listed here are those of :func:`scale_by_mofasgd`, and for weight
-    decay and Adam those of :func:`sumo`.
+    Here :math:`\eta` is the learning rate and :math:`\lambda` the weight decay. The other
+    symbols are those of :func:`scale_by_mofasgd`.
 
     Args:
       learning_rate: a number or an optax schedule.
@@ -260,39 +258,14 @@ def mofasgd(
       ValueError, TypeError: see :func:`scale_by_mofasgd`.
 
     Examples:
-      >>> import jax, jax.numpy as jnp, optax, sumo_optax
+      >>> import jax.numpy as jnp, optax, sumo_optax
       >>> params = {"dense": {"kernel": jnp.ones((16, 8)), "bias": jnp.ones(8)}}
-      >>> tx = sumo_optax.mofasgd(0.1, rank=4)
-      >>> state, update = tx.init(params), jax.jit(tx.update)
-      >>> loss = lambda p: jnp.sum(p["dense"]["kernel"] ** 2) + jnp.sum(p["dense"]["bias"] ** 2)
-      >>> for _ in range(10):
-      ...     updates, state = update(jax.grad(loss)(params), state, params)
-      ...     params = optax.apply_updates(params, updates)
-      >>> bool(loss(params) < 136)
+      >>> tx = sumo_optax.mofasgd(0.1, rank=4, adam_learning_rate=0.01)
+      >>> updates, state = tx.update(params, tx.init(params), params)
+      >>> bool(jnp.all(updates["dense"]["kernel"] < 0))
       True
 
     References:
       `arXiv 2507.08091 <https://arxiv.org/abs/2507.08091>`_, Algorithm 1.
     """
-    return optax.chain(
-        scale_by_mofasgd(
-            rank,
-            momentum=momentum,
-            inverse_limit=inverse_limit,
-            complement=complement,
-            consistent_rms=consistent_rms,
-            weight_dimension_numbers=weight_dimension_numbers,
-            fallback=optax.scale_by_adam(adam_b1, adam_b2, adam_eps),
-            skip_nonfinite=skip_nonfinite,
-            state_dtype=state_dtype,
-            seed=seed,
-        ),
-        decay_and_scale(
-            learning_rate,
-            weight_decay,
-            weight_decay_mask,
-            adam_learning_rate,
-            adam_weight_decay,
-            weight_dimension_numbers,
-        ),
-    )
+    return with_adamw(scale_by_mofasgd, **locals())

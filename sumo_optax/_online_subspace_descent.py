@@ -2,11 +2,11 @@
 
 The step itself, and where it fills in the paper, is `_in_subspace`'s. Of what is here:
 1. The orthogonality penalty is the paper's 0.1; the authors' code leaves the term out (0).
-2. The projector's learning rate is by default the authors' code's, 1/200 times the main schedule
+2. The learning rate of P is by default the authors' code's, 1/200 times the main schedule
    over its peak. The paper's, five times the main one, is had with None.
 3. The paper's P decays at its own learning rate, as the weights do at theirs. That is
-   `optax.add_decayed_weights` in `projector`, which is given P for the parameters. There is none by
-   default; the authors' code has PyTorch's AdamW there, whose decay is 0.01.
+   `optax.add_decayed_weights` in `basis_optimizer`, which is given P for the parameters. There is
+   none by default; the authors' code has PyTorch's AdamW there, whose decay is 0.01.
 """
 
 from typing import Any
@@ -17,40 +17,44 @@ import numpy as np
 import optax
 
 from sumo_optax import _check
+from sumo_optax._arguments import documented
 from sumo_optax._axes import WeightDimensionNumbers
 from sumo_optax._in_subspace import OnlinePCA, in_subspace
-from sumo_optax._matrix import decay_and_scale
+from sumo_optax._matrix import of_tree
 from sumo_optax._rank import Rank
 from sumo_optax._view import Side
+from sumo_optax._with_adamw import with_adamw
 
-_PAPERS_RATIO = 5.0  # of the projector's learning rate to the main one
+_PAPERS_RATIO = 5.0  # of the learning rate of P to the main one
 
 
+@documented()
 def scale_by_online_subspace_descent(
     rank: Rank = 0.25,
     *,
     inner: optax.GradientTransformation | None = None,
-    projector: optax.GradientTransformation | None = None,
-    projector_learning_rate: optax.ScalarOrSchedule = 0.005,
-    orthogonality: jax.typing.ArrayLike = 0.1,
+    basis_optimizer: optax.GradientTransformation | None = None,
+    basis_learning_rate: optax.ScalarOrSchedule = 0.005,
+    orthogonality_penalty: jax.typing.ArrayLike = 0.1,
     side: Side = "short",
     scale: jax.typing.ArrayLike = 1.0,
     weight_dimension_numbers: WeightDimensionNumbers | None = None,
     fallback: optax.GradientTransformation | None = None,
     skip_nonfinite: bool = True,
     state_dtype: jax.typing.DTypeLike | None = None,
+    metrics: bool = False,
     seed: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Online Subspace Descent, as a transformation of gradients.
 
-    For one matrix with gradient :math:`G` (m x n, where m is the projected side), projector
+    For one matrix with gradient :math:`G` (m x n, where m is the projected side), basis
     :math:`P` (m x r) and :math:`g = G / \|G\|_F`:
 
     .. math::
       \begin{aligned}
       \Delta &= \mathrm{inner}(P^\top G), \qquad D = a P \Delta \\
       L(P) &= \| P P^\top g - g \|^2 + \rho \, \| P^\top P - I \|^2 \\
-      P &\leftarrow P - \eta_P \, \mathrm{projector}(\nabla L)
+      P &\leftarrow P - \eta_P \, \mathrm{optimizer}(\nabla L)
       \end{aligned}
 
     P starts as the dominant subspace of the first gradient. Only the penalty keeps it near
@@ -58,17 +62,15 @@ def scale_by_online_subspace_descent(
     for both, the state has r (3 m + 2 n) numbers for each matrix.
 
     Args:
-      rank: r, an integer, a fraction of the short side or a function; see :func:`scale_by_sumo`.
       inner: the transformation of projected gradients, by default ``optax.scale_by_adam()``; see
         :func:`scale_in_subspace`.
-      projector: the transformation of the gradient of P, by default ``optax.scale_by_adam()``. It
-        receives P as its parameters. ``optax.identity()`` is gradient descent and holds nothing.
-      projector_learning_rate: :math:`\eta_P` >= 0, or a schedule of it.
-      orthogonality: :math:`\rho` >= 0. The paper has 0.1, and the code of its authors has 0.
+      basis_optimizer: the transformation of :math:`\nabla L`, by default
+        ``optax.scale_by_adam()``. It receives P as its parameters. ``optax.identity()`` is gradient
+        descent and holds nothing.
+      basis_learning_rate: :math:`\eta_P` >= 0, or a schedule of it.
+      orthogonality_penalty: :math:`\rho` >= 0. The paper has 0.1, the code of its authors 0.
       side: the projected side of the matrix, ``"short"`` or ``"long"``.
       scale: a > 0.
-      weight_dimension_numbers, fallback, skip_nonfinite: see :func:`scale_by_sumo`.
-      state_dtype, seed: see :func:`scale_by_sumo`.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with state :class:`SubspaceState`.
@@ -81,7 +83,7 @@ def scale_by_online_subspace_descent(
       >>> import jax.numpy as jnp, optax, sumo_optax
       >>> tx = optax.chain(
       ...     sumo_optax.scale_by_online_subspace_descent(4, inner=optax.scale_by_lion()),
-      ...     optax.scale_by_learning_rate(1e-2),
+      ...     optax.scale_by_learning_rate(3e-3),
       ... )
       >>> params = {"dense": {"kernel": jnp.ones((16, 8)), "bias": jnp.ones(8)}}
       >>> state = tx.init(params)
@@ -90,36 +92,33 @@ def scale_by_online_subspace_descent(
     References:
       `arXiv 2408.12857 <https://arxiv.org/abs/2408.12857>`_, Algorithm 1 and section 4.
     """
-    if not callable(projector_learning_rate):
-        _check.number("projector_learning_rate", projector_learning_rate, least=0)
-    _check.number("orthogonality", orthogonality, least=0)
-    projector = optax.scale_by_adam() if projector is None else projector
+    if not callable(basis_learning_rate):
+        _check.number("basis_learning_rate", basis_learning_rate, least=0)
+    _check.number("orthogonality_penalty", orthogonality_penalty, least=0)
+    basis_optimizer = optax.scale_by_adam() if basis_optimizer is None else basis_optimizer
     return in_subspace(
         optax.scale_by_adam() if inner is None else inner,
         rank,
         basis="randomized_svd",
-        online_pca=OnlinePCA(projector, projector_learning_rate, orthogonality),
+        online_pca=OnlinePCA(basis_optimizer, basis_learning_rate, orthogonality_penalty),
         refresh_every=1,
         stagger=False,
         side=side,
         transport=False,
         scale=scale,
-        weight_dimension_numbers=weight_dimension_numbers,
-        fallback=fallback,
-        skip_nonfinite=skip_nonfinite,
-        state_dtype=state_dtype,
-        seed=seed,
+        **of_tree(locals()),
     )
 
 
+@documented(scale_by_online_subspace_descent)
 def online_subspace_descent(
     learning_rate: optax.ScalarOrSchedule,
     rank: Rank = 0.25,
     *,
     inner: optax.GradientTransformation | None = None,
-    projector: optax.GradientTransformation | None = None,
-    projector_learning_rate: optax.ScalarOrSchedule | None = 0.005,
-    orthogonality: jax.typing.ArrayLike = 0.1,
+    basis_optimizer: optax.GradientTransformation | None = None,
+    basis_learning_rate: optax.ScalarOrSchedule | None = 0.005,
+    orthogonality_penalty: jax.typing.ArrayLike = 0.1,
     side: Side = "short",
     scale: jax.typing.ArrayLike = 1.0,
     weight_decay: jax.typing.ArrayLike = 0.0,
@@ -132,21 +131,19 @@ def online_subspace_descent(
     adam_learning_rate: optax.ScalarOrSchedule | None = None,
     skip_nonfinite: bool = True,
     state_dtype: jax.typing.DTypeLike | None = None,
+    metrics: bool = False,
     seed: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""A complete optimizer: Online Subspace Descent for matrices, AdamW for all other leaves.
 
     .. math:: W \leftarrow W - \eta \, (D + \lambda W)
 
-    Here D comes from :func:`scale_by_online_subspace_descent`, :math:`\eta` is the learning rate
-    and :math:`\lambda` the weight decay.
-
-    The arguments that are not listed here are those of :func:`scale_by_online_subspace_descent`,
-    and for weight decay and Adam those of :func:`sumo`.
+    Here :math:`\eta` is the learning rate and :math:`\lambda` the weight decay. The other
+    symbols are those of :func:`scale_by_online_subspace_descent`.
 
     Args:
       learning_rate: a number or an optax schedule.
-      projector_learning_rate: a schedule, or a number >= 0. If `learning_rate` is a schedule, the
+      basis_learning_rate: a schedule, or a number >= 0. If `learning_rate` is a schedule, the
         number is the rate at the peak of this schedule and follows its shape; the peak must come
         before step 10 million. None means five times `learning_rate`.
 
@@ -157,55 +154,29 @@ def online_subspace_descent(
       ValueError, TypeError: see :func:`scale_by_online_subspace_descent`.
 
     Examples:
-      >>> import jax, jax.numpy as jnp, optax, sumo_optax
+      >>> import jax.numpy as jnp, optax, sumo_optax
       >>> params = {"dense": {"kernel": jnp.ones((16, 8)), "bias": jnp.ones(8)}}
-      >>> tx = sumo_optax.online_subspace_descent(0.1, rank=4)
-      >>> state, update = tx.init(params), jax.jit(tx.update)
-      >>> loss = lambda p: jnp.sum(p["dense"]["kernel"] ** 2) + jnp.sum(p["dense"]["bias"] ** 2)
-      >>> for _ in range(10):
-      ...     updates, state = update(jax.grad(loss)(params), state, params)
-      ...     params = optax.apply_updates(params, updates)
-      >>> bool(loss(params) < 136)
+      >>> tx = sumo_optax.online_subspace_descent(0.1, rank=4, scale=0.25)
+      >>> updates, state = tx.update(params, tx.init(params), params)
+      >>> bool(jnp.all(updates["dense"]["kernel"] < 0))
       True
 
     References:
       `arXiv 2408.12857 <https://arxiv.org/abs/2408.12857>`_, Algorithm 1.
       ``**sumo_optax.presets.ONLINE_SUBSPACE_DESCENT`` gives this algorithm.
     """
-    return optax.chain(
-        scale_by_online_subspace_descent(
-            rank,
-            inner=inner,
-            projector=projector,
-            projector_learning_rate=_projector_rate(learning_rate, projector_learning_rate),
-            orthogonality=orthogonality,
-            side=side,
-            scale=scale,
-            weight_dimension_numbers=weight_dimension_numbers,
-            fallback=optax.scale_by_adam(adam_b1, adam_b2, adam_eps),
-            skip_nonfinite=skip_nonfinite,
-            state_dtype=state_dtype,
-            seed=seed,
-        ),
-        decay_and_scale(
-            learning_rate,
-            weight_decay,
-            weight_decay_mask,
-            adam_learning_rate,
-            adam_weight_decay,
-            weight_dimension_numbers,
-        ),
-    )
+    basis_learning_rate = _basis_rate(learning_rate, basis_learning_rate)
+    return with_adamw(scale_by_online_subspace_descent, **locals())
 
 
-def _projector_rate(
+def _basis_rate(
     main: optax.ScalarOrSchedule, own: optax.ScalarOrSchedule | None
 ) -> optax.ScalarOrSchedule:
     if own is None:
         _check.scheduled("learning_rate", main)
         return (lambda t: _PAPERS_RATIO * main(t)) if callable(main) else _PAPERS_RATIO * main
     if callable(main) and not callable(own):
-        _check.number("projector_learning_rate", own, least=0)
+        _check.number("basis_learning_rate", own, least=0)
         return _with_shape_of(main, own)
     return own
 

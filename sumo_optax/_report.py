@@ -14,15 +14,12 @@ import optax
 
 from sumo_optax import _check
 from sumo_optax._conventions import Reading, readings
-from sumo_optax._in_subspace import SubspaceState
-from sumo_optax._mofasgd import MofasgdState
 from sumo_optax._paths import Path, PyTree, named_leaves, path_string
 from sumo_optax._quantize import dequantized
 from sumo_optax._rank import Rank
-from sumo_optax._sumo import SumoState, sumo
+from sumo_optax._sumo import sumo
 
 _TOLD = "weight_dimension_numbers says so"
-_LOW_RANK_STATES = (SumoState, SubspaceState, MofasgdState)
 
 
 class LeafReport(NamedTuple):
@@ -30,7 +27,7 @@ class LeafReport(NamedTuple):
 
     path: str
     shape: tuple[int, ...]
-    role: str  # "matrix", "fallback" or "open" (see `describe`); "-" where there is no difference
+    role: str  # "matrix", "fallback" or "ambiguous" (see `describe`); "-" for other optimizers
     batch: tuple[int, ...]  # matrices held side by side, for layers or experts
     m: int | None  # the longer side
     n: int | None
@@ -75,10 +72,10 @@ class Report(NamedTuple):
             f"optimizer state {in_words(self.state_bytes)},"
             f" {ratio:.0%} of AdamW's {in_words(self.adamw_bytes)}",
         ]
-        if any(leaf.role == "open" for leaf in self.leaves):
+        if any(leaf.role == "ambiguous" for leaf in self.leaves):
             lines += [
-                "open: path and shape do not tell the axes of a matrix, so the fallback trains it.",
-                "      Name the axes of the matrix in weight_dimension_numbers.",
+                "ambiguous: path and shape do not tell the axes, so the fallback trains it.",
+                "           Name the axes of the matrix in weight_dimension_numbers.",
             ]
         return "\n".join(lines)
 
@@ -97,9 +94,9 @@ def describe(tx_or_rank: optax.GradientTransformation | Rank, params: PyTree) ->
       A report. Its ``str`` is a table with totals in the last lines; leaves whose paths differ only
       in the number of a layer share a row. The fields ``leaves``, ``state_bytes`` and
       ``adamw_bytes`` have the same data. AdamW holds two numbers for each parameter, in the
-      parameter's dtype. The role ``open`` means that path and shape allow several matrices, so the
-      fallback trains the leaf. The table ``reasons`` explains for each leaf why it is a matrix or
-      not.
+      parameter's dtype. The role ``ambiguous`` means that path and shape allow several matrices, so
+      the fallback trains the leaf. The table ``reasons`` explains for each leaf why it is a matrix
+      or not.
 
     Raises:
       ValueError: a low-rank optimizer finds no matrix among the parameters.
@@ -175,8 +172,12 @@ def _held_bytes(state: PyTree, leaves: dict[Path, Any]) -> tuple[Counter[Path], 
 
 def low_rank_states(state: PyTree) -> list[Any]:
     """The states of this library's optimizers in one of any transformation, in floating point."""
-    is_ours = lambda x: isinstance(x, _LOW_RANK_STATES)
-    return [x for x in jax.tree.leaves(dequantized(state), is_leaf=is_ours) if is_ours(x)]
+    return list(filter(_is_ours, jax.tree.leaves(dequantized(state), is_leaf=_is_ours)))
+
+
+def _is_ours(x: Any) -> bool:
+    """By the fields that `matrix_transformation` gives every state."""
+    return {"basis", "fallback", "skipped"} <= set(getattr(x, "_fields", ()))
 
 
 def _bases(ours: list[Any]) -> dict[Path, tuple[int, ...]] | None:
@@ -187,8 +188,8 @@ def _bases(ours: list[Any]) -> dict[Path, tuple[int, ...]] | None:
 
 
 def _is_state(params: PyTree) -> bool:
-    kinds = (*_LOW_RANK_STATES, optax.ScaleByAdamState, optax.TraceState)
-    is_state = lambda x: isinstance(x, kinds)
+    kinds = (optax.ScaleByAdamState, optax.TraceState)
+    is_state = lambda x: isinstance(x, kinds) or _is_ours(x)
     return any(map(is_state, jax.tree.leaves(params, is_leaf=is_state)))
 
 
@@ -197,8 +198,8 @@ def _leaf_report(
 ) -> LeafReport:
     shape, adamw = jnp.shape(x), 2 * _size(x)
     if bases is None or path not in bases:
-        is_open = reading.is_open and bases is not None
-        role = "-" if bases is None else "open" if is_open else "fallback"
+        is_ambiguous = reading.is_ambiguous and bases is not None
+        role = "-" if bases is None else "ambiguous" if is_ambiguous else "fallback"
         why = reading.why if reading.axes is None else _TOLD
         return LeafReport(
             path_string(path), shape, role, (), None, None, "", None, held, adamw, why

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import optax
 
 from sumo_optax import _check, _subspace
+from sumo_optax._arguments import documented
 from sumo_optax._axes import WeightDimensionNumbers
 from sumo_optax._gradient import Update, WholeGradients
 from sumo_optax._group import Rule
@@ -33,10 +34,11 @@ from sumo_optax._linalg import (
     largest_entry,
     polar_factor,
 )
-from sumo_optax._matrix import decay_and_scale, matrix_transformation
+from sumo_optax._matrix import matrix_transformation, of_tree
 from sumo_optax._paths import PyTree
 from sumo_optax._rank import Rank
 from sumo_optax._view import Side
+from sumo_optax._with_adamw import with_adamw
 
 Residual = Literal["gradient", "scaled", "orthogonal"] | None
 
@@ -59,6 +61,7 @@ class SumoState(NamedTuple):
     skipped: jax.Array  # updates of a matrix or leaf skipped so far, shape (), int32
 
 
+@documented()
 def scale_by_sumo(
     rank: Rank = 0.25,
     *,
@@ -77,6 +80,7 @@ def scale_by_sumo(
     fallback: optax.GradientTransformation | None = None,
     skip_nonfinite: bool = True,
     state_dtype: jax.typing.DTypeLike | None = None,
+    metrics: bool = False,
     seed: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""SUMO: subspace-aware moment orthogonalisation, as a transformation of gradients.
@@ -96,9 +100,6 @@ def scale_by_sumo(
     it, :math:`M \leftarrow Q'^\top Q M`. The state has (m + n) r + 2 numbers for each matrix.
 
     Args:
-      rank: r. An integer of at least 1 is the rank of every matrix. A float in (0, 1] is a fraction
-        of each matrix's short side, rounded up to a multiple of 8. A function takes a leaf's path,
-        such as ``"dense/kernel"``, and its shape, and returns either. The short side limits r.
       refresh_every: number of steps between two moves of the basis, at least 1. The default is 10
         with ``basis="tracking"`` and 200 otherwise.
       stagger: whether each leaf moves its basis at its own step, spread evenly over the interval.
@@ -125,19 +126,6 @@ def scale_by_sumo(
       side: the projected side of the matrix; the rows if both sides are equally long. A basis of
         the ``"short"`` side holds more of it and goes stale more slowly. The ``"long"`` side, that
         of the paper, has smaller moments and cheaper polar factors.
-      weight_dimension_numbers: the axes that make a matrix of each leaf: one
-        ``optax.contrib.MuonDimensionNumbers``, a tree of them and None, or a function from
-        parameters to such a tree. Axes that it does not name are batch axes. The default is
-        :func:`flax_dimension_numbers`, and ``init`` warns about leaves that it leaves open.
-      fallback: the transformation of all other leaves, by default ``optax.scale_by_adam()``.
-      skip_nonfinite: whether a gradient with a NaN or Inf gives its matrix a zero update and leaves
-        basis and moment unchanged. The fallback then sees zeros. ``skipped`` in the state counts
-        such updates.
-      state_dtype: dtype of basis, moment and norm. The default is the parameter's dtype, but at
-        least float32. ``"int8"`` and ``"int4"`` hold basis and moment in 8 or 4 bits, as
-        :func:`quantize_state` does; the norm keeps the default. The arithmetic is in float32 or
-        better in every case.
-      seed: seed of all randomness. The randomness depends only on it, the leaf's path and the step.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with state :class:`SumoState`. With
@@ -146,8 +134,8 @@ def scale_by_sumo(
 
     Raises:
       ValueError, TypeError: an argument is outside the ranges above. At init: a spec does not fit
-        its leaf, a matrix is complex, or some leaf is open and no leaf is a matrix. At update: the
-        gradients do not fit the state.
+        its leaf, a matrix is complex, or some leaf is ambiguous and no leaf is a matrix. At update:
+        the gradients do not fit the state.
 
     Examples:
       >>> import jax.numpy as jnp, optax, sumo_optax
@@ -155,7 +143,7 @@ def scale_by_sumo(
       ...     optax.clip_by_global_norm(1.0),
       ...     sumo_optax.scale_by_sumo(rank=4),
       ...     optax.add_decayed_weights(0.1),
-      ...     optax.scale_by_learning_rate(1e-2),
+      ...     optax.scale_by_learning_rate(3e-3),
       ... )
       >>> params = {"dense": {"kernel": jnp.ones((16, 8)), "bias": jnp.ones(8)}}
       >>> state = tx.init(params)
@@ -180,76 +168,106 @@ def scale_by_sumo(
     _subspace.check_basis(basis)
     _check.choice("side", side, get_args(Side))
 
-    def init(m, n, r, dtype, key):
-        Q = _subspace.start(m, r, dtype, key, basis)
+    of_stack = _Sumo(
+        refresh_every,
+        refresh_below,
+        momentum,
+        nesterov,
+        residual,
+        norm_growth_limit,
+        consistent_rms,
+        polar,
+        basis,
+    )
+    return matrix_transformation(
+        of_stack.rule(rank, side, stagger),
+        SumoState,
+        **of_tree(locals()),
+    )
+
+
+class _Sumo(NamedTuple):
+    """The algorithm for a stack of matrices, with the arguments of `scale_by_sumo`."""
+
+    refresh_every: int
+    refresh_below: float | None
+    momentum: jax.typing.ArrayLike
+    nesterov: bool
+    residual: Residual
+    norm_growth_limit: jax.typing.ArrayLike | None
+    consistent_rms: jax.typing.ArrayLike | None
+    polar: PolarMethod
+    basis: _subspace.Basis
+
+    def rule(self, rank: Rank, side: Side, stagger: bool) -> Rule:
+        axes = lambda m, n, r: ("mr", "rn", "", "")
+        whole = self.residual == "orthogonal"
+        return Rule(self.init, self.refresh_due, self.step, axes, rank, side, stagger, whole=whole)
+
+    def init(self, m, n, r, dtype, key):
+        Q = _subspace.start(m, r, dtype, key, self.basis)
         return Q, jnp.zeros((r, n), dtype), jnp.zeros((), dtype), jnp.ones((), dtype)
 
-    def refresh_due(t, state, phase):
+    def refresh_due(self, t, state, phase):
         Q, _, _, captured = state
-        refresh_due = _subspace.is_refresh_due(t, Q, refresh_every, phase)
-        return refresh_due if refresh_below is None else refresh_due | (captured <= refresh_below)
+        due = _subspace.is_refresh_due(t, Q, self.refresh_every, phase)
+        return due if self.refresh_below is None else due | (captured <= self.refresh_below)
 
-    def step(G, state, t, refresh_due, keys):
+    def step(self, G, state, t, refresh_due, keys):
         Q, M, last_norm, captured = state
+        mu, tracking = self.momentum, self.basis == "tracking"
 
         def moved(Q, M, new_basis):
             def move():
                 Q_new = new_basis()
                 return Q_new, _subspace.transport(Q_new, Q, M)
 
-            return move() if refresh_every == 1 else _subspace.refreshed(refresh_due, move, (Q, M))
+            always = self.refresh_every == 1
+            return move() if always else _subspace.refreshed(refresh_due, move, (Q, M))
 
         # Block 1: the subspace, and the moment carried into it.
-        if basis != "tracking":
-            Q, M = moved(Q, M, lambda: _subspace.refresh(G, Q, keys(), basis))
+        if not tracking:
+            Q, M = moved(Q, M, lambda: _subspace.refresh(G, Q, keys(), self.basis))
 
         # Block 2: the moment, and its polar factor.
         G_hat = G.left_product(Q)
-        if refresh_below is not None:
+        if self.refresh_below is not None:
             captured = _subspace.captured_energy(G, G_hat)[:, 0, 0]
-        M = momentum * M + G_hat
-        N = momentum * M + G_hat if nesterov else M
-        O = None if residual == "orthogonal" else polar_factor(N, method=polar)
+        M = mu * M + G_hat
+        N = mu * M + G_hat if self.nesterov else M
+        O = None if self.residual == "orthogonal" else polar_factor(N, method=self.polar)
 
-        # Block 3: the limit on the growth of the norm. Block 4: back to the full space.
-        scale = 1.0 if consistent_rms is None else consistent_rms * max(G.shape) ** 0.5
-        if O is None:
-            # s polar(Q N + G - Q Ĝ), over a size that a narrow dtype can hold
-            weights = jnp.broadcast_to(1 / largest_entry(N), G_hat[:, :1].shape)
-            of = lambda X: scale * polar_factor(X, method=polar)
-            D, norm = Update(Q, weights * (N - G_hat), weights, of), last_norm
-        elif residual == "scaled":
-            phi = _step_over_gradient(O, G_hat)
-            # Where phi is 0 the norm may have overflown.
-            norms = jnp.where(phi > 0, phi * _residual_norms(G, G_hat), 0)
-            factor, norm = _limited(norms, last_norm, norm_growth_limit)
-            phi = factor * phi
-            # s (Q O + (G - Q Ĝ) diag(phi))
-            D = Update(Q, scale * (O - phi * G_hat), scale * phi)
-        else:
-            factor, norm = _limited(O, last_norm, norm_growth_limit)
-            D = Update(Q, scale * factor * O)
-            if residual == "gradient":  # s Q O + G - Q Ĝ
-                D = Update(Q, D.right - G_hat, jnp.ones_like(G_hat[:, :1]))
+        # Blocks 3 and 4.
+        D, norm = self._in_full_space(G, Q, G_hat, N, O, last_norm)
 
         # Block 1 of the next step, from what this one has at hand.
-        if basis == "tracking":
-            rows = lambda: polar_factor(N, method=polar) if O is None else O
+        if tracking:
+            rows = lambda: polar_factor(N, method=self.polar) if O is None else O
             Q, M = moved(Q, M, lambda: _subspace.track(G, Q, rows()))
         return D, (Q, M, norm, captured)
 
-    axes = lambda m, n, r: ("mr", "rn", "", "")
-    whole = residual == "orthogonal"
-    rule = Rule(init, refresh_due, step, axes, rank, side, stagger, whole=whole)
-    return matrix_transformation(
-        rule,
-        SumoState,
-        fallback=fallback,
-        weight_dimension_numbers=weight_dimension_numbers,
-        skip_nonfinite=skip_nonfinite,
-        state_dtype=state_dtype,
-        seed=seed,
-    )
+    def _in_full_space(self, G, Q, G_hat, N, O, last_norm) -> tuple[Update, jax.Array]:
+        """Block 3: the limit on the growth of the norm. Block 4: back to the full space."""
+        rho, limit = self.consistent_rms, self.norm_growth_limit
+        scale = 1.0 if rho is None else rho * max(G.shape) ** 0.5
+        if O is None:
+            # s polar(Q N + G - Q Ĝ), over a size that a narrow dtype can hold
+            weights = jnp.broadcast_to(1 / largest_entry(N), G_hat[:, :1].shape)
+            of = lambda X: scale * polar_factor(X, method=self.polar)
+            return Update(Q, weights * (N - G_hat), weights, of), last_norm
+        if self.residual == "scaled":
+            phi = _step_over_gradient(O, G_hat)
+            # Where phi is 0 the norm may have overflown.
+            norms = jnp.where(phi > 0, phi * _residual_norms(G, G_hat), 0)
+            factor, norm = _limited(norms, last_norm, limit)
+            phi = factor * phi
+            # s (Q O + (G - Q Ĝ) diag(phi))
+            return Update(Q, scale * (O - phi * G_hat), scale * phi), norm
+        factor, norm = _limited(O, last_norm, limit)
+        right = scale * factor * O
+        if self.residual == "gradient":  # s Q O + G - Q Ĝ
+            return Update(Q, right - G_hat, jnp.ones_like(G_hat[:, :1])), norm
+        return Update(Q, right), norm
 
 
 def _step_over_gradient(O: jax.Array, G_hat: jax.Array) -> jax.Array:
@@ -282,6 +300,7 @@ def _limited(
     return factor[:, None, None], allowed
 
 
+@documented(scale_by_sumo)
 def sumo(
     learning_rate: optax.ScalarOrSchedule,
     rank: Rank = 0.25,
@@ -307,29 +326,22 @@ def sumo(
     adam_learning_rate: optax.ScalarOrSchedule | None = None,
     skip_nonfinite: bool = True,
     state_dtype: jax.typing.DTypeLike | None = None,
+    metrics: bool = False,
     seed: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""A complete optimizer: SUMO for matrices and AdamW for all other leaves.
 
     .. math:: W \leftarrow W - \eta \, (D + \lambda W)
 
-    Here D comes from :func:`scale_by_sumo`, :math:`\eta` is the learning rate and :math:`\lambda`
-    the weight decay.
+    Here :math:`\eta` is the learning rate and :math:`\lambda` the weight decay. The other
+    symbols are those of :func:`scale_by_sumo`.
 
     On a byte-level LLaMA with 0.86M parameters, these settings trained best: learning rate 3e-3,
     AdamW's best; `adam_learning_rate` 5e-3; warm-up and cosine decay; clipping by the global norm
     before the optimizer. With ``residual="orthogonal"`` the best scale there is `consistent_rms` 2.
 
-    The arguments that are not listed here are those of :func:`scale_by_sumo`.
-
     Args:
       learning_rate: a number or an optax schedule.
-      weight_decay: decoupled decay of the matrices; the learning rate multiplies it.
-      weight_decay_mask: the leaves that decay: a tree of booleans like the parameters, a prefix of
-        such a tree, or a function from parameters to one.
-      adam_b1, adam_b2, adam_eps: AdamW's arguments, for all other leaves.
-      adam_weight_decay: decoupled decay of all other leaves.
-      adam_learning_rate: learning rate or schedule of all other leaves, by default `learning_rate`.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``. Its ``update`` needs the parameters.
@@ -352,32 +364,4 @@ def sumo(
     References:
       `arXiv 2505.24749 <https://arxiv.org/abs/2505.24749>`_, Algorithm 1.
     """
-    return optax.chain(
-        scale_by_sumo(
-            rank,
-            refresh_every=refresh_every,
-            stagger=stagger,
-            refresh_below=refresh_below,
-            momentum=momentum,
-            nesterov=nesterov,
-            residual=residual,
-            norm_growth_limit=norm_growth_limit,
-            consistent_rms=consistent_rms,
-            polar=polar,
-            basis=basis,
-            side=side,
-            weight_dimension_numbers=weight_dimension_numbers,
-            fallback=optax.scale_by_adam(adam_b1, adam_b2, adam_eps),
-            skip_nonfinite=skip_nonfinite,
-            state_dtype=state_dtype,
-            seed=seed,
-        ),
-        decay_and_scale(
-            learning_rate,
-            weight_decay,
-            weight_decay_mask,
-            adam_learning_rate,
-            adam_weight_decay,
-            weight_dimension_numbers,
-        ),
-    )
+    return with_adamw(scale_by_sumo, **locals())

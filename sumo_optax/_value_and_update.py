@@ -123,12 +123,7 @@ def value_and_update(
         value, (new, held, added) = jax.value_and_grad(of_variables, has_aux=has_aux)(
             (leaves, held, added)
         )
-        held = {
-            part: [
-                _from_float(x, old.dtype) for x, old in zip(arrays, parts.held(part), strict=True)
-            ]
-            for part, arrays in held.items()
-        }
+        held = {part: _as_held(arrays, parts.held(part)) for part, arrays in held.items()}
         rest = parts.members[0]
         own = lambda arrays: [arrays[i] for i in rest]
         last, held[0], shared = parts.update(0, own(new), own(leaves), parts.held(0), parts.shared)
@@ -152,10 +147,10 @@ def _check_loops(paths: list[Path], missed: set[int]) -> None:
 
 def _update_inside(parts: Parts, adding: list[int], part: int) -> Callable[..., Any]:
     """An update whose results may leave the backward pass as gradients: floating-point numbers."""
-    dtypes = [x.dtype for x in parts.held(part)]
+    like = parts.held(part)
 
     def update(grads, values, held, shared):
-        held = [_from_float(x, dtype) for x, dtype in zip(held, dtypes, strict=True)]
+        held = _as_held(held, like)
         values, held, new = parts.update(part, grads, values, held, shared)
         sums = [s for s, i in zip(parts.sums, parts.owners, strict=True) if i is None]
         added = [new[k] if sums[k] else new[k] - shared[k] for k in adding]
@@ -172,6 +167,10 @@ def _as_float(x: jax.Array) -> jax.Array:
         return x.astype(jnp.float32)
     as_wide = {1: jnp.float8_e4m3fn, 2: jnp.bfloat16, 4: jnp.float32, 8: jnp.float64}
     return jax.lax.bitcast_convert_type(x, as_wide[x.dtype.itemsize])
+
+
+def _as_held(arrays: Arrays, like: Arrays) -> Arrays:
+    return [_from_float(x, y.dtype) for x, y in zip(arrays, like, strict=True)]
 
 
 def _from_float(x: jax.Array, dtype: Any) -> jax.Array:
@@ -219,23 +218,11 @@ def _scan(update_of, extra, run: Evaluator, eqn: Any, *arguments: Any) -> list[A
     places = sorted(
         (k for k, x in enumerate(xs) if isinstance(x, _Layers)), key=lambda k: xs[k].leaf
     )
-    dtypes = [xs[k].dtype for k in places]
     others = [x for x in xs if not isinstance(x, _Layers)]
     part = xs[places[0]].part
-    update = update_of(part)
-
-    def body(consts, carry, layer, others):
-        own = {k: w.astype(t) for k, w, t in zip(places, layer, dtypes, strict=True)}
-        rest = iter(others)
-        slices = [own[k] if k in own else next(rest) for k in range(len(xs))]
-        outputs = scan.turn(*consts, *carry, *slices)
-        return outputs[: scan.carry], outputs[scan.carry :]
-
+    held, added, shared = extra[part]
+    pullback = _pullback(scan, consts, carry, xs, places)
     carried = [jax.typeof(x) for x in carry]
-    slices = scan.slices()
-    layer = [slices[k].update(dtype=xs[k].value.dtype) for k in places]
-    rest = [x for k, x in enumerate(slices) if k not in places]
-    pullback = Pullback.of(body, (consts, carry, layer, rest), given=(0, 2, 3))
 
     @jax.custom_vjp
     def loop(stacks, held, added, shared, consts, carry, others):
@@ -250,53 +237,74 @@ def _scan(update_of, extra, run: Evaluator, eqn: Any, *arguments: Any) -> list[A
         carry, (ys, kept) = scan.run(turn, carry, (stacks, others))
         return (carry, ys), (stacks, held, shared, consts, others, kept)
 
-    def backward(saved, cotangents):
-        stacks, held, shared, consts, others, kept = saved
-        d_carry, d_ys = cotangents
-        length = scan.options["length"]
-        zeros = lambda arrays: [jnp.zeros_like(x) if _is_float(x) else None for x in arrays]
-
-        def turn(j, now):
-            stacks, held, added, d_consts, d_carry, d_others = now
-            i = j if scan.options["reverse"] else length - 1 - j
-            at = lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, keepdims=False)
-            put = lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, i, 0)
-            layer = [at(x) for x in stacks]
-            inputs = [*consts, *[None] * scan.carry, *layer, *[at(x) for x in others]]
-            back = pullback.back(inputs, [at(x) for x in kept])
-            d_slices = [at(d) if _is_float(d) else d[0] for d in d_ys]
-            found = back((_with_blanks(d_carry, carried), d_slices))
-            more, d_carry, grads, d_slices = (list(map(_float_or_none, x)) for x in found)
-            one = lambda arrays: [x[None] for x in arrays]
-            new, new_held, new_added = update(
-                one(grads), one(layer), one([at(x) for x in held]), shared
-            )
-            put_all = lambda xs, news: jax.tree.map(put, xs, news)
-            return (
-                put_all(stacks, [x[0] for x in new]),
-                put_all(held, [x[0] for x in new_held]),
-                jax.tree.map(jnp.add, added, new_added),
-                jax.tree.map(jnp.add, d_consts, more),
-                d_carry,
-                put_all(d_others, d_slices),
-            )
-
-        start = (
-            stacks,
-            held,
-            [jnp.zeros([], jnp.float32)] * len(extra[part][1]),
-            zeros(consts),
-            list(map(_float_or_none, d_carry)),
-            zeros(others),
-        )
-        *new, d_consts, d_carry, d_others = jax.lax.fori_loop(0, length, turn, start)
-        return *new, None, d_consts, d_carry, d_others
-
-    loop.defvjp(forward, backward)
+    loop.defvjp(
+        forward,
+        functools.partial(_backward, scan, pullback, update_of(part), carried, len(added)),
+    )
     stacks = [xs[k].value for k in places]
-    held, added, shared = extra[part]
     carry, ys = loop(stacks, held, added, shared, consts, carry, others)
     return [*carry, *ys]
+
+
+def _pullback(
+    scan: Scan, consts: list[Any], carry: list[Any], xs: list[Any], places: list[int]
+) -> Pullback:
+    """That of one turn of a loop; its carry alone is not given again in the backward pass."""
+    dtypes = [xs[k].dtype for k in places]
+
+    def body(consts, carry, layer, others):
+        own = {k: w.astype(t) for k, w, t in zip(places, layer, dtypes, strict=True)}
+        rest = iter(others)
+        slices = [own[k] if k in own else next(rest) for k in range(len(xs))]
+        outputs = scan.turn(*consts, *carry, *slices)
+        return outputs[: scan.carry], outputs[scan.carry :]
+
+    slices = scan.slices()
+    layer = [slices[k].update(dtype=xs[k].value.dtype) for k in places]
+    rest = [x for k, x in enumerate(slices) if k not in places]
+    return Pullback.of(body, (consts, carry, layer, rest), given=(0, 2, 3))
+
+
+def _backward(scan: Scan, pullback: Pullback, update, carried, sums: int, saved, cotangents):
+    """The loop the other way round: each layer's gradient, and its update in the layer's place."""
+    stacks, held, shared, consts, others, kept = saved
+    d_carry, d_ys = cotangents
+    length = scan.options["length"]
+    zeros = lambda arrays: [jnp.zeros_like(x) if _is_float(x) else None for x in arrays]
+
+    def turn(j, now):
+        stacks, held, added, d_consts, d_carry, d_others = now
+        i = j if scan.options["reverse"] else length - 1 - j
+        at = lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, keepdims=False)
+        put = lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, i, 0)
+        layer = [at(x) for x in stacks]
+        inputs = [*consts, *[None] * scan.carry, *layer, *[at(x) for x in others]]
+        back = pullback.back(inputs, [at(x) for x in kept])
+        d_slices = [at(d) if _is_float(d) else d[0] for d in d_ys]
+        found = back((_with_blanks(d_carry, carried), d_slices))
+        more, d_carry, grads, d_slices = (list(map(_float_or_none, x)) for x in found)
+        of_layer = ([x[None] for x in xs] for xs in (grads, layer, map(at, held)))
+        new, new_held, new_added = update(*of_layer, shared)
+        put_all = lambda xs, news: jax.tree.map(put, xs, news)
+        return (
+            put_all(stacks, [x[0] for x in new]),
+            put_all(held, [x[0] for x in new_held]),
+            jax.tree.map(jnp.add, added, new_added),
+            jax.tree.map(jnp.add, d_consts, more),
+            d_carry,
+            put_all(d_others, d_slices),
+        )
+
+    start = (
+        stacks,
+        held,
+        [jnp.zeros([], jnp.float32)] * sums,
+        zeros(consts),
+        list(map(_float_or_none, d_carry)),
+        zeros(others),
+    )
+    *new, d_consts, d_carry, d_others = jax.lax.fori_loop(0, length, turn, start)
+    return *new, None, d_consts, d_carry, d_others
 
 
 def _is_float(x: Any) -> bool:

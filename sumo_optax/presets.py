@@ -26,15 +26,15 @@ the exact one."""
 
 ONLINE_SUBSPACE_DESCENT: Mapping[str, Any] = MappingProxyType(
     {
-        "projector_learning_rate": None,
-        "orthogonality": 0.1,
+        "basis_learning_rate": None,
+        "orthogonality_penalty": 0.1,
         "side": "short",
         "scale": 1.0,
     }
 )
 """`arXiv 2408.12857 <https://arxiv.org/abs/2408.12857>`_, Algorithm 1 with Adam for both and
 :math:`\\eta_P = 5 \\eta`, for :func:`online_subspace_descent`. The paper also
-decays the projector: to do so, pass ``projector=optax.chain(optax.scale_by_adam(),
+decays P: to do so, pass ``basis_optimizer=optax.chain(optax.scale_by_adam(),
 optax.add_decayed_weights(weight_decay))``."""
 
 MOFASGD: Mapping[str, Any] = MappingProxyType(

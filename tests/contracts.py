@@ -126,6 +126,16 @@ def train(tx, params, steps, first=1, state=None):
     return params, state
 
 
+def three_steps(name):
+    """Updates and state of one matrix and one vector, for a process of its own."""
+    params = {"kernel": np.ones((12, 6), np.float32), "bias": np.ones(6, np.float32)}
+    tx = TABLE[name][0]()
+    state, update = jax.jit(tx.init)(params), jax.jit(tx.update)
+    for t in range(3):
+        updates, state = update(like(params, t), state, params)
+    return jax.tree.leaves((updates, state))
+
+
 def assert_equal(a, b):
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):

@@ -150,7 +150,7 @@ class Lion:
 
 
 def online_subspace_descent_step(
-    G, P, inner, projector, *, first, projector_learning_rate, rho, scale, decay=0.0
+    G, P, inner, projector, *, first, basis_learning_rate, rho, scale, decay=0.0
 ):
     """G has the projected side first. The gradient of L, term by term by the chain rule."""
     D = scale * P @ inner(P.T @ G)
@@ -158,5 +158,5 @@ def online_subspace_descent_step(
         g = G / np.linalg.norm(G)
         E = P @ P.T @ g - g  # L = ||E||² + rho ||PᵀP - I||²
         gradient = 2 * (E @ g.T + g @ E.T) @ P + 4 * rho * P @ (P.T @ P - np.eye(P.shape[1]))
-        P = P - projector_learning_rate * (projector(gradient) + decay * P)
+        P = P - basis_learning_rate * (projector(gradient) + decay * P)
     return D, P

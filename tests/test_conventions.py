@@ -399,7 +399,7 @@ def test_haliax_layers_say_which_axes_are_which():
     }
 
 
-# Whole models, as their code bases lay them out. No leaf is open, and no axis wrong.
+# Whole models, as their code bases lay them out. No leaf is ambiguous, and no axis wrong.
 
 
 def layered(shapes, layers):
@@ -613,7 +613,7 @@ MODELS = {
 def test_models_layer_by_layer(shapes, _):
     shapes = layered(shapes, 2)
     assert found(tree_of(shapes)) == expected(shapes)
-    assert_nothing_open(tree_of(shapes))
+    assert_nothing_ambiguous(tree_of(shapes))
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -627,10 +627,10 @@ def test_models_scanned(shapes, axis):
         for path, axes in one.items()
     }
     assert found(tree_of(stacked)) == matrices
-    assert_nothing_open(tree_of(stacked))
+    assert_nothing_ambiguous(tree_of(stacked))
 
 
-def assert_nothing_open(tree):
+def assert_nothing_ambiguous(tree):
     report = sumo_optax.describe(4, tree)
     assert {leaf.role for leaf in report.leaves} == {"matrix", "fallback"}
     jax.eval_shape(sumo_optax.sumo(1e-3, 4).init, tree)  # and no warning

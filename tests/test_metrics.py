@@ -1,4 +1,4 @@
-"""What `subspace_metrics` says, against NumPy float64; and that measuring changes nothing."""
+"""What `subspace_metrics` says, against NumPy float64; and that `metrics=True` changes nothing."""
 
 import functools
 
@@ -8,8 +8,11 @@ import numpy as np
 import optax
 import pytest
 from contracts import (
+    ALL_BUT_ONE,
+    IN_FEW_BITS,
     assert_equal,
-    every_transformation_in_floats,
+    every,
+    every_optimizer_slowly,
     like,
     small_params,
 )
@@ -47,16 +50,14 @@ def moment(state, path):
     if isinstance(state, sumo_optax.MofasgdState):
         s = np.asarray(leaf(state.singular_values, path), np.float64)
         return s.reshape(-1, s.shape[-1])
-    tree = state.moment if isinstance(state, sumo_optax.SumoState) else state.inner.mu
+    tree = state.moment if hasattr(state, "moment") else getattr(state, "inner", state).mu
     M = np.asarray(leaf(tree, path), np.float64)
     return np.linalg.svd(M.reshape(-1, *M.shape[-2:]), compute_uv=False)
 
 
-@pytest.mark.slow
-@every_transformation_in_floats
+@every(1, ALL_BUT_ONE, IN_FEW_BITS)
 def test_agrees_with_the_definitions(make):
-    params, plain = small_params(), make()
-    tx = sumo_optax.with_subspace_metrics(plain)
+    params, plain, tx = small_params(), make(), make(metrics=True)
     state, plain_state = tx.init(params), plain.init(params)
     update, plain_update = jax.jit(tx.update), jax.jit(plain.update)
     read = jax.jit(sumo_optax.subspace_metrics)
@@ -98,18 +99,19 @@ def test_moments_with_known_spectra():
         np.diag([1.0, 0, 0, 0])[:3],
         np.zeros((3, 4)),
     ]
-    tree = {"w": jnp.asarray(np.stack(moments), jnp.float32)}
+    tree = {"dense": {"kernel": jnp.asarray(np.stack(moments), jnp.float32)}}
     state = sumo_optax.scale_by_sumo(3).init({"dense": {"kernel": jnp.ones((5, 4))}})
     state = state._replace(moment=tree, skipped=jnp.int32(2))
     metrics = sumo_optax.subspace_metrics(state)
-    condition, rank = (metrics.leaves["w"][k] for k in ("condition_number", "effective_rank"))
+    of_leaf = metrics.leaves["dense/kernel"]
+    condition, rank = of_leaf["condition_number"], of_leaf["effective_rank"]
     eps = np.finfo(np.float32).eps
     np.testing.assert_allclose(condition, [1, 2, 1 / eps, 1], rtol=1e-5)
     np.testing.assert_allclose(rank, [3, 2 * 2**0.5, 1, 0], rtol=1e-3)
     assert metrics.summary["condition_number"] == condition[2], "the worst"
     assert float(metrics.summary["effective_rank"]) == pytest.approx(float(rank.mean()))
     assert int(metrics.summary["skipped"]) == 2
-    assert "captured" not in metrics.summary, "only the wrapper knows"
+    assert "captured" not in metrics.summary, "only a measured state has it"
 
 
 def periodic(**kw):
@@ -118,8 +120,8 @@ def periodic(**kw):
 
 def test_counts_and_holds_between_refreshes_and_skips():
     params = {"dense": {"kernel": jnp.ones((8, 4))}}
-    tx = sumo_optax.with_subspace_metrics(periodic())
-    state, update = tx.init(params), jax.jit(tx.update)
+    tx = periodic(metrics=True)
+    state, update = tx.init(params), jax.jit(tx.update, donate_argnums=1)
     steps, rotations, captured = [], [], []
     for t in range(7):
         grads = like(params, t)
@@ -130,7 +132,7 @@ def test_counts_and_holds_between_refreshes_and_skips():
         steps.append(int(summary["steps_since_refresh"]))
         rotations.append(float(summary["rotation"]))
         captured.append(float(summary["captured"]))
-    assert steps == [0, 1, 2, 0, 1, 2, 0]
+    assert steps == [0, 1, 2, 0, 1, 1, 0], "a skipped step is none"
     assert rotations[0] == pytest.approx(1), "there was no basis before"
     assert rotations[1] == rotations[2] == rotations[0] != rotations[3] == rotations[4]
     assert 0 < rotations[3] < 1
@@ -138,18 +140,62 @@ def test_counts_and_holds_between_refreshes_and_skips():
     assert int(summary["skipped"]) == 1
 
 
-def test_refuses_what_it_cannot_measure():
+def test_refuses_a_state_without_subspace():
     params = {"dense": {"kernel": jnp.ones((4, 4))}}
     with pytest.raises(ValueError, match="no optimizer of sumo_optax"):
-        sumo_optax.with_subspace_metrics(optax.adam(1e-3)).init(params)
-    with pytest.raises(ValueError, match="no optimizer of sumo_optax"):
         sumo_optax.subspace_metrics(optax.adam(1e-3).init(params))
-    stacked = {"w": jnp.ones((2, 6, 4))}
-    spec = optax.contrib.MuonDimensionNumbers((1,), (2,))
-    own = sumo_optax.scale_by_sumo(2, weight_dimension_numbers=spec)
-    with pytest.raises(ValueError, match=r"basis of w has shape \(2, 4, 2\).*weight_dimension_num"):
-        sumo_optax.with_subspace_metrics(own).init(stacked)
-    sumo_optax.with_subspace_metrics(own, weight_dimension_numbers=spec).init(stacked)
+    plain, measured = periodic(), periodic(metrics=True)
+    for tx, state in ((measured, plain.init(params)), (plain, measured.init(params))):
+        with pytest.raises(TypeError, match="sumo_optax.convert_state converts other states"):
+            tx.update(params, state, params)
+
+
+@every_optimizer_slowly
+def test_costs_three_numbers_a_matrix_and_nothing_without(make):
+    params = small_params()
+    with_metrics, without = (sumo_optax.state_bytes(make(metrics=x), params) for x in (True, False))
+    assert with_metrics - without == 3 * 3 * 4, "of one matrix and of two in a stack"
+
+
+@pytest.mark.slow
+def test_states_convert_both_ways():
+    params, (plain, measured) = small_params(), (periodic(), periodic(metrics=True))
+    _, state = jax.jit(plain.update)(like(params, 1), plain.init(params), params)
+    turned_on = sumo_optax.convert_state(state, measured, params)
+    assert_equal(turned_on.inner, state)
+    assert_equal(turned_on[1:], measured.init(params)[1:])
+    assert_equal(sumo_optax.convert_state(turned_on, plain, params), state)
+    _, state = jax.jit(measured.update)(like(params, 2), turned_on, params)
+    assert_equal(sumo_optax.convert_state(state, measured, params), state)
+
+
+@pytest.mark.slow
+def test_projected_gradients_keep_what_was_captured():
+    params = {"dense": {"kernel": jnp.ones((8, 4))}}
+    tx = periodic(metrics=True)
+    _, state = tx.update(like(params, 0), tx.init(params), params)
+    _, state = tx.update(like(params, 1), state, params)
+    loss = lambda p, x: jnp.sum(jnp.sin(x @ p["dense"]["kernel"]))
+    _, grads = sumo_optax.subspace_value_and_grad(loss)(params, state, jnp.ones((2, 8)))
+    _, after = tx.update(grads, state, params)
+    assert_equal(after.captured, state.captured)
+    assert float(after.captured["dense"]["kernel"]) > 0
+    assert int(after.steps_since_refresh["dense"]["kernel"]) == 2
+
+
+@pytest.mark.slow
+def test_inside_the_backward_pass():
+    params = small_params()
+    tx = sumo_optax.sumo(1e-2, 3, metrics=True)
+    loss = lambda p: sum(jnp.sum(jnp.sin(x) ** 2) for x in jax.tree.leaves(p))
+    value_and_update = jax.jit(sumo_optax.value_and_update(loss, tx))
+    fused, state, plain = params, tx.init(params), tx.init(params)
+    for _ in range(2):
+        updates, plain = jax.jit(tx.update)(jax.grad(loss)(fused), plain, fused)
+        _, fused, state = value_and_update(fused, state)
+    one, other = (sumo_optax.subspace_metrics(x) for x in (state, plain))
+    for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4)
 
 
 @pytest.mark.slow
@@ -158,9 +204,7 @@ def test_square_matrices_of_either_side(side):
     """A gradient of rank 2: the basis of its own side captures all of a like one, no other does."""
     left, right = (np.linalg.qr(np.random.default_rng(i).normal(size=(6, 2)))[0] for i in (0, 1))
     params = {"dense": {"kernel": jnp.asarray(left @ right.T, jnp.float32)}}
-    tx = sumo_optax.with_subspace_metrics(
-        sumo_optax.scale_in_subspace(optax.trace(0.9), 2, side=side)
-    )
+    tx = sumo_optax.scale_in_subspace(optax.trace(0.9), 2, side=side, metrics=True)
     _, state = tx.update(params, tx.init(params))
     _, state = tx.update(params, state)
     summary = sumo_optax.subspace_metrics(state).summary
@@ -171,14 +215,14 @@ def test_square_matrices_of_either_side(side):
 @pytest.mark.slow
 def test_inside_optax_combinators():
     params = small_params()
-    inner = optax.chain(optax.clip_by_global_norm(1.0), sumo_optax.sumo(1e-2, 3))
-    tx = optax.MultiSteps(sumo_optax.with_subspace_metrics(inner), 2).gradient_transformation()
+    inner = optax.chain(optax.clip_by_global_norm(1.0), sumo_optax.sumo(1e-2, 3, metrics=True))
+    tx = optax.MultiSteps(inner, 2).gradient_transformation()
     state = tx.init(params)
     for t in range(4):
         _, state = jax.jit(tx.update)(like(params, t), state, params)
     assert set(sumo_optax.subspace_metrics(state).leaves) == set(KERNELS)
     doubled = optax.tree_map_params(tx, lambda x: 2 * x, state, transform_non_params=lambda x: x)
-    get = lambda s: s.inner_opt_state.inner[1][0].basis["dense"]["kernel"]
+    get = lambda s: s.inner_opt_state[1][0].inner.basis["dense"]["kernel"]
     np.testing.assert_array_equal(get(doubled), 2 * get(state))
 
 
@@ -187,7 +231,7 @@ def test_inside_optax_combinators():
 def test_on_a_mesh_as_on_one_device(axis_type):
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type,) * 2)
     params = {"dense": {"kernel": like(jnp.zeros((16, 8)), 0)}}
-    tx = sumo_optax.with_subspace_metrics(sumo_optax.scale_by_sumo(3))
+    tx = sumo_optax.scale_by_sumo(3, metrics=True)
 
     def run(params):
         state, update = tx.init(params), jax.jit(tx.update)
@@ -209,7 +253,7 @@ def test_nnx_optimizer_on_a_partitioned_model():
 
     def create():
         model = nnx.Linear(16, 8, kernel_init=kernel_init, rngs=nnx.Rngs(0))
-        tx = sumo_optax.with_subspace_metrics(sumo_optax.sumo(1e-2, 3))
+        tx = sumo_optax.sumo(1e-2, 3, metrics=True)
         return model, nnx.Optimizer(model, tx, wrt=nnx.Param)
 
     @nnx.jit

@@ -114,7 +114,6 @@ def test_decay_is_not_negative(make, name):
         (lambda: sumo_optax.state_bytes(PARAMS, sumo_optax.sumo(1e-3)), "tx must be an optax"),
         (lambda: sumo_optax.scale_by_sumo(4, fallback=1e-3), "fallback must be an optax"),
         (lambda: sumo_optax.value_and_update(sumo_optax.sumo(1e-3), sum), "tx must be an optax"),
-        (lambda: sumo_optax.with_subspace_metrics(8), "tx must be an optax"),
         (lambda: sumo_optax.convert_state(sumo_optax.sumo(1e-3), (), PARAMS), "tx must be an opt"),
         (
             lambda: sumo_optax.describe(4, sumo_optax.sumo(1e-3, 4).init(PARAMS)),
@@ -199,14 +198,14 @@ def test_a_field_called_value_is_one_of_several():
     jax.eval_shape(tx.update, params, state, params)
 
 
-# What stays open
+# What stays ambiguous
 
 
-OPEN = {f"mixer_{i}": jnp.ones((4, 6, 8)) for i in range(7)}
+AMBIGUOUS = {f"mixer_{i}": jnp.ones((4, 6, 8)) for i in range(7)}
 
 
-def test_open_leaves_are_named_once_and_counted():
-    params = PARAMS | OPEN
+def test_ambiguous_leaves_are_named_once_and_counted():
+    params = PARAMS | AMBIGUOUS
     with pytest.warns(UserWarning) as caught:
         sumo_optax.sumo(1e-3, 2).init(params)
     [message] = [str(w.message) for w in caught]
@@ -221,15 +220,15 @@ def test_a_side_as_short_as_a_stack_is_named():
 
 
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, lambda f: lambda x: jax.eval_shape(f, x)])
-def test_nothing_but_open_leaves_is_an_error(wrap):
+def test_nothing_but_ambiguous_leaves_is_an_error(wrap):
     with pytest.raises(ValueError, match=r"no leaf is a matrix.*mixer_0 \(4, 6, 8\), .*2 more"):
-        wrap(sumo_optax.sumo(1e-3, 2).init)(OPEN)
+        wrap(sumo_optax.sumo(1e-3, 2).init)(AMBIGUOUS)
 
 
 def test_the_default_by_name_is_the_default():
     tx = sumo_optax.scale_by_sumo(2, weight_dimension_numbers=sumo_optax.flax_dimension_numbers)
     with pytest.warns(UserWarning, match="path and shape do not tell .* mixer_0"):
-        tx.init(PARAMS | OPEN)
+        tx.init(PARAMS | AMBIGUOUS)
 
 
 def test_trees_of_vectors_and_masked_trees_are_no_mistake():
@@ -242,7 +241,7 @@ def test_trees_of_vectors_and_masked_trees_are_no_mistake():
         tx.init(vectors)
         masked.init(vectors | {"mixer": jnp.ones((4, 6, 8))})
         part.init(vectors | {"mixer": jnp.ones((4, 6, 8))})
-        optax.masked(tx, False).init(OPEN)
+        optax.masked(tx, False).init(AMBIGUOUS)
 
 
 def test_describe_says_why():

@@ -41,9 +41,9 @@ def test_trajectories_agree_with_the_formulas(inner, projector, rho):
     tx = sumo_optax.scale_by_online_subspace_descent(
         RANK,
         inner=transformation,
-        projector=projection,
-        projector_learning_rate=0.01,
-        orthogonality=rho,
+        basis_optimizer=projection,
+        basis_learning_rate=0.01,
+        orthogonality_penalty=rho,
         scale=0.5,
     )
     sequences = {name: gradients(shape, 30) for name, shape in SHAPES.items()}
@@ -61,7 +61,7 @@ def test_trajectories_agree_with_the_formulas(inner, projector, rho):
                 inner_oracle,
                 projector_oracle,
                 first=t == 0,
-                projector_learning_rate=0.01,
+                basis_learning_rate=0.01,
                 rho=rho,
                 scale=0.5,
             )
@@ -152,7 +152,7 @@ def test_state_size():
     counters = 1  # of an Adam
     adams = sumo_optax.scale_by_online_subspace_descent(RANK).init(params)
     assert numbers(adams) == 3 * 16 * RANK + 2 * 40 * RANK + 2 * counters
-    sgd = sumo_optax.scale_by_online_subspace_descent(RANK, projector=optax.identity())
+    sgd = sumo_optax.scale_by_online_subspace_descent(RANK, basis_optimizer=optax.identity())
     assert numbers(sgd.init(params)) == 16 * RANK + 2 * 40 * RANK + counters
     galore = sumo_optax.scale_in_subspace(optax.scale_by_adam(), RANK)
     assert numbers(galore.init(params)) == 40 * RANK + 2 * 16 * RANK + counters
@@ -202,9 +202,9 @@ def test_projector_rate_has_the_shape_of_the_main_schedule():
     schedule = optax.warmup_cosine_decay_schedule(0.0, 0.03, 3, 8, 0.0)
     sequence = gradients((40, 16), 9)
     plain = sumo_optax.scale_by_online_subspace_descent(
-        RANK, projector_learning_rate=lambda t: 0.2 * schedule(t) / 0.03
+        RANK, basis_learning_rate=lambda t: 0.2 * schedule(t) / 0.03
     )
-    whole = sumo_optax.online_subspace_descent(schedule, RANK, projector_learning_rate=0.2)
+    whole = sumo_optax.online_subspace_descent(schedule, RANK, basis_learning_rate=0.2)
     _, expected = run(plain, {"w": sequence}, 9)
     _, states = run(whole, {"w": sequence}, 9)
     for state, other in zip(states, expected, strict=True):
@@ -249,12 +249,12 @@ def test_projector_rate_has_the_shape_of_the_main_schedule():
             "basis='online_pca' moves at every step and takes no refresh_every, got 50",
         ),
         (
-            lambda: sumo_optax.online_subspace_descent(1e-3, orthogonality=-1),
-            "orthogonality must be a number >= 0, got -1",
+            lambda: sumo_optax.online_subspace_descent(1e-3, orthogonality_penalty=-1),
+            "orthogonality_penalty must be a number >= 0, got -1",
         ),
         (
-            lambda: sumo_optax.online_subspace_descent(1e-3, projector_learning_rate=-1),
-            "projector_learning_rate must be a number >= 0, got -1",
+            lambda: sumo_optax.online_subspace_descent(1e-3, basis_learning_rate=-1),
+            "basis_learning_rate must be a number >= 0, got -1",
         ),
     ],
 )

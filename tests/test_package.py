@@ -1,5 +1,6 @@
 """What a package index and a type checker see."""
 
+import inspect
 import re
 import shutil
 import subprocess
@@ -8,6 +9,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+
+import sumo_optax
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -87,6 +90,21 @@ def test_the_source_distribution_can_test_itself():
     }
     assert {"README.md", "docs", "notebooks"} < read
     assert read <= {*held, "pyproject.toml"}
+
+
+FUNCTIONS = [x for x in vars(sumo_optax).values() if inspect.isfunction(inspect.unwrap(x))]
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda x: x.__name__)
+def test_every_argument_is_documented_once_and_in_order(function):
+    doc = inspect.getdoc(function)
+    if "\nArgs:\n" not in doc:
+        assert "are those of :func:" in doc, "of another function"
+        return
+    listed = doc.partition("\nArgs:\n")[2].partition("\n\n")[0]
+    names = re.findall(r"(?m)^  (\w[\w, ]*): ", listed)
+    documented = [name for group in names for name in group.split(", ")]
+    assert documented == list(inspect.signature(function).parameters)
 
 
 @pytest.mark.slow

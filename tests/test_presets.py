@@ -81,7 +81,7 @@ def test_online_subspace_descent(rate, decay):
     settings = dict(presets.ONLINE_SUBSPACE_DESCENT)
     if decay:
         decayed = optax.add_decayed_weights(decay)
-        settings["projector"] = optax.chain(optax.scale_by_adam(), decayed)
+        settings["basis_optimizer"] = optax.chain(optax.scale_by_adam(), decayed)
     tx = sumo_optax.online_subspace_descent(rate, RANK, weight_decay=decay, **settings)
     given = sequences(20, low_rank_at=[0])
     params = {name: {"kernel": jnp.ones(shape)} for name, shape in SHAPES.items()}
@@ -106,7 +106,7 @@ def test_online_subspace_descent(rate, decay):
                 inner,
                 projector,
                 first=t == 0,
-                projector_learning_rate=5 * eta,
+                basis_learning_rate=5 * eta,
                 rho=0.1,
                 scale=1.0,
                 decay=decay,
@@ -118,7 +118,7 @@ def test_online_subspace_descent(rate, decay):
 
 
 def test_the_projector_alone_needs_a_rate_of_its_own():
-    with pytest.raises(TypeError, match="projector_learning_rate must be a number >= 0, got None"):
+    with pytest.raises(TypeError, match="basis_learning_rate must be a number >= 0, got None"):
         sumo_optax.scale_by_online_subspace_descent(**presets.ONLINE_SUBSPACE_DESCENT)
 
 

@@ -117,12 +117,12 @@ def test_nothing_to_hold_at_low_rank_is_an_error_with_the_paths():
     assert sumo_optax.describe(4, {}).leaves == ()
 
 
-def test_what_path_and_shape_leave_open_is_said():
+def test_ambiguous_leaves_are_named():
     params = {"table": jnp.ones((3, 4, 5)), "dense": {"kernel": jnp.ones((4, 5))}}
     report = sumo_optax.describe(2, params)
     assert {leaf.path: leaf.role for leaf in report.leaves} == {
-        "table": "open",
+        "table": "ambiguous",
         "dense/kernel": "matrix",
     }
-    assert "open: path and shape do not tell" in str(report)
-    assert "open" not in str(sumo_optax.describe(2, {"dense": params["dense"]}))
+    assert "ambiguous: path and shape do not tell" in str(report)
+    assert "ambiguous" not in str(sumo_optax.describe(2, {"dense": params["dense"]}))

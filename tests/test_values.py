@@ -152,7 +152,7 @@ TRANSFORMATIONS = {
         TRACE, 3, refresh_every=4, transport=True, fallback=NONE
     ),
     "online subspace descent": sumo_optax.scale_by_online_subspace_descent(
-        3, inner=TRACE, projector=TRACE, fallback=NONE
+        3, inner=TRACE, basis_optimizer=TRACE, fallback=NONE
     ),
 }
 

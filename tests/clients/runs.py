@@ -31,6 +31,6 @@ def _bits(x) -> np.ndarray:
 
 
 def matrices(report) -> dict[str, tuple]:
-    """Path, sides and batch of each leaf that is a matrix. No leaf may be open."""
+    """Path, sides and batch of each leaf that is a matrix. No leaf may be ambiguous."""
     assert {leaf.role for leaf in report.leaves} <= {"matrix", "fallback"}
     return {x.path: (x.m, x.n, x.batch) for x in report.leaves if x.role == "matrix"}

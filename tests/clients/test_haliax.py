@@ -69,7 +69,7 @@ def loss_of(model, x):
 
 
 # start
-tx = sumo_optax.sumo(3e-2, rank=4)
+tx = sumo_optax.sumo(6e-3, rank=4)
 
 
 def start(model):

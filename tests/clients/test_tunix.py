@@ -40,7 +40,7 @@ def model_inputs(batch):
 
 # start
 def trainer(model, steps, folder):
-    tx = sumo_optax.sumo(3e-2, rank=4)
+    tx = sumo_optax.sumo(6e-3, rank=4)
     config = peft_trainer.TrainingConfig(
         eval_every_n_steps=1000,
         max_steps=steps,
@@ -127,7 +127,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_no_leaf_of_a_published_model_is_open(name):
+def test_no_leaf_of_a_published_model_is_ambiguous(name):
     module = importlib.import_module(f"tunix.models.{name}.model")
     [kind] = [x for k, x in vars(module).items() if k.lower() == name]
     config = getattr(module.ModelConfig, PUBLISHED[name])()
