@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 # LAPACK's threads and XLA's wait for each other; must be said before LAPACK is loaded.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -46,7 +46,8 @@ class Config(optimizers.Options, run_folder.RunOptions):
     # Folder with config.json, model.safetensors and tokenizer.json, or the name of one on the hub.
     model: str
     task: glue.Name = "rte"  # What it learns.
-    data: Path | None = None  # A folder with the task's TSV files [the hub].
+    # A folder with the task's TSV files.
+    data: Annotated[Path | None, optimizers.default("the hub")] = None
     # What trains it, at rank 8 by default; lora is AdamW on an addend of low rank to each matrix.
     optimizer: optimizers.Name | Literal["lora"] = "sumo"
     epochs: int = 3  # Times round the training rows.
@@ -66,7 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None) -> Config:
     """The command line as a Config."""
-    return tyro.cli(Config, args=argv, config=(tyro.conf.FlagCreatePairsOff,))
+    return tyro.cli(
+        Config, args=argv, config=(tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
+    )
 
 
 def prepare(config: Config) -> training.Run:

@@ -12,7 +12,7 @@ import sys
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 # LAPACK's threads and XLA's wait for each other; must be said before LAPACK is loaded.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -45,7 +45,8 @@ class Config(optimizers.Options, run_folder.RunOptions):
     heads: int = TINY.heads  # Attention heads.
     layers: int = TINY.layers  # Blocks.
     scan_layers: bool = False  # Stack the blocks: one compilation for all of them.
-    data: str | None = None  # Text file, folder or hf:NAME[:CONFIG] [Python's standard library].
+    # Text file, folder or hf:NAME[:CONFIG].
+    data: Annotated[str | None, optimizers.default("Python's standard library")] = None
     tokenizer: str = "bytes"  # What makes tokens of text: bytes or bpe:SIZE.
     batch: int = TINY.batch  # Windows in a step.
     length: int = TINY.length  # Tokens in a window.
@@ -54,12 +55,18 @@ class Config(optimizers.Options, run_folder.RunOptions):
     seed: int = 0  # Of the initial parameters and the order of the data.
     subspace_gradients: bool = False  # Take whole ones at refreshes alone: sumo, mofasgd.
     fused: bool = False  # Update layers in the backward pass; clip by the norm of the step before.
-    mesh: str | None = None  # How devices share the work: data=N,fsdp=N,tensor=N [one device].
-    coordinator: str | None = None  # HOST:PORT of the first process [a job scheduler's].
-    processes: int | None = None  # How many processes there are [a job scheduler's].
-    process: int | None = None  # Which of them this is, from 0 [a job scheduler's].
-    eval_every: int | None = None  # Steps between two validations [a tenth of all].
-    save_every: int | None = None  # Steps between two checkpoints [a tenth of all].
+    # How devices share the work: data=N,fsdp=N,tensor=N.
+    mesh: Annotated[str | None, optimizers.default("one device")] = None
+    # HOST:PORT of the first process.
+    coordinator: Annotated[str | None, optimizers.default("a job scheduler's")] = None
+    # How many processes there are.
+    processes: Annotated[int | None, optimizers.default("a job scheduler's")] = None
+    # Which of them this is, from 0.
+    process: Annotated[int | None, optimizers.default("a job scheduler's")] = None
+    # Steps between two validations.
+    eval_every: Annotated[int | None, optimizers.default("a tenth of all")] = None
+    # Steps between two checkpoints.
+    save_every: Annotated[int | None, optimizers.default("a tenth of all")] = None
     log_subspace: bool = False  # Log at every step how the subspaces are doing; draw it at the end.
 
 
@@ -75,7 +82,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None) -> Config:
     """The command line as a Config; what it leaves out is the preset's."""
-    given: dict[str, Any] = {"args": argv, "config": (tyro.conf.FlagCreatePairsOff,)}
+    given: dict[str, Any] = {
+        "args": argv,
+        "config": (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone),
+    }
     first, _ = tyro.cli(Config, add_help=False, return_unknown_args=True, **given)
     preset = vars(PRESETS[first.preset])
     known = {name: x for name, x in preset.items() if hasattr(first, name)}

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import itertools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import optax
@@ -34,15 +34,25 @@ SUBSPACE_GRADIENTS: dict[str, dict[str, Any]] = {
 }
 
 
+def default(what: str) -> Any:
+    """What the help says of an option that is None where it is not given."""
+    return tyro.conf.arg(help_behavior_hint=f"(default: {what})")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     """Of the optimizer that is chosen; where none is given, its own."""
 
-    learning_rate: float | None = None  # Peak of the schedule.
-    adam_learning_rate: float | None = None  # That of Adam, for leaves that are no matrices.
-    rank: int | float | None = None  # Of the subspace, or a fraction of the matrix's short side.
-    refresh_every: int | None = None  # Steps between two refreshes of the subspace.
-    weight_decay: float | None = None  # Decoupled weight decay, by default none.
+    # Peak of the schedule.
+    learning_rate: Annotated[float | None, default("the optimizer's")] = None
+    # That of Adam, for leaves that are no matrices.
+    adam_learning_rate: Annotated[float | None, default("the optimizer's")] = None
+    # Of the subspace, or a fraction of the matrix's short side.
+    rank: Annotated[int | float | None, default("width / 4; 8 to fine-tune")] = None
+    # Steps between two refreshes of the subspace.
+    refresh_every: Annotated[int | None, default("the optimizer's")] = None
+    # Decoupled weight decay.
+    weight_decay: Annotated[float | None, default("0")] = None
     # Any other arguments NAME=VALUE of the optimizer, such as momentum=0.95 residual=None.
     set: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()
 

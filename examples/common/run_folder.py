@@ -10,12 +10,12 @@ import warnings
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from common import mesh
+from common import mesh, optimizers
 
 import sumo_optax
 
@@ -31,11 +31,13 @@ sys.unraisablehook = lambda x: None if "loop is closed" in str(x.exc_value) else
 class RunOptions:
     """What is written, and where."""
 
-    out: Path | None = None  # Folder to write to, by default a new one in runs/.
+    # Folder to write to.
+    out: Annotated[Path | None, optimizers.default("a new one in runs/")] = None
     resume: bool = False  # Go on from the last checkpoint.
     overwrite: bool = False  # Delete the run in the folder first.
     tensorboard: bool = False  # Write the metrics for TensorBoard, too, into OUT/tensorboard.
-    wandb: str | None = None  # Send the metrics to this project of Weights & Biases, too.
+    # Send the metrics to this project of Weights & Biases, too.
+    wandb: Annotated[str | None, optimizers.default("none")] = None
 
 
 def choose(options: RunOptions, default: Path) -> Path:
