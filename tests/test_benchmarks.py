@@ -323,9 +323,13 @@ def test_compiled_programs_are_compared(tmp_path, monkeypatch):
     with contextlib.redirect_stdout(io.StringIO()) as out:
         compiled.main(["--draw"])
     assert "**Training step of LLaMA-1B" in out.getvalue() and "FSDP" not in out.getvalue()
-    (sumo,) = (x for x in out.getvalue().splitlines() if x.startswith("| sumo |"))
-    cells = ["2,048 (1.00)", "3,072 (3.00)", "1.100", "10 (1.00)", "2 syevd", "9.0 (4.50)"]
-    assert [cell for cell in sumo.strip("| ").split(" | ")[1:] if cell.strip()] == cells
+    sumo = (x for x in out.getvalue().splitlines() if x.startswith("| sumo |"))
+    cells = [[cell for cell in x.strip("| ").split(" | ")[1:] if cell.strip()] for x in sumo]
+    assert cells == [
+        ["2,048 (1.00)", "3,072 (3.00)", "1.100"],
+        ["10 (1.00)", "2 syevd"],
+        ["9.0 (4.50)"],
+    ]
     assert "| mofasgd | not compiled after 5 s |" in out.getvalue()
     with pytest.raises(SystemExit, match="'lamb' is none of"):
         compiled.main(["--optimizers", "lamb"])

@@ -467,7 +467,7 @@ def test_randomness_of_a_leaf_does_not_depend_on_the_others(make):
 # Wrappers
 
 
-@every_optimizer
+@every_optimizer_slowly
 def test_chain_with_clipping_first(make):
     params = small_params()
     grads = like(params, 1, scale=100.0)

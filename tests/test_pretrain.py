@@ -294,7 +294,7 @@ def test_learns_from_gradients_in_the_subspace(run, arguments, tmp_path, monkeyp
 @pytest.mark.parametrize(
     "arguments",
     [
-        "--optimizer adamw --scan-layers",
+        pytest.param("--optimizer adamw --scan-layers", marks=pytest.mark.slow),
         pytest.param("--optimizer sumo", marks=pytest.mark.slow),
         pytest.param(
             "--optimizer sumo --scan-layers --mesh data=2,fsdp=2,tensor=2", marks=pytest.mark.slow

@@ -98,7 +98,13 @@ def on_one_device(make):
 
 
 @every_transformation_slowly
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize(
+    "axis_type",
+    [
+        pytest.param(AxisType.Auto, id="auto"),
+        pytest.param(AxisType.Explicit, id="explicit", marks=pytest.mark.slow),
+    ],
+)
 def test_same_numbers_as_one_device(make, axis_type):
     """12 steps through refreshes; every spec, tall, wide and stacked, in one compilation."""
     mesh, grads = mesh_of(axis_type), gradient_tree(12)
@@ -399,6 +405,7 @@ def test_variables_that_name_the_axes_of_a_model_in_two_fields(make):
         assert_close(ours, theirs)
 
 
+@pytest.mark.slow
 @every_optimizer_slowly
 def test_linen_train_state_on_a_mesh(make):
     """Shardings of the whole state from those of the parameters; the losses of one device."""

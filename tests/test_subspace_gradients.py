@@ -90,7 +90,7 @@ def spec_of(shape):
     return SPECS[kind] if kind else MuonDimensionNumbers((0,), (1,))
 
 
-QUICK = {"wide", "twice, once elementwise", "stacked layers"}
+QUICK = {"wide", "twice, once elementwise"}
 
 
 @pytest.mark.parametrize(

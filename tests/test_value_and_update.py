@@ -425,6 +425,7 @@ def test_a_resumed_run_equals_an_unbroken_one(model, tmp_path):
     assert_equal(run(*restored, data[4:])[1:], whole[1:])
 
 
+@pytest.mark.slow
 def test_auxiliary_outputs_dropout_and_whole_numbers():
     """Keys for each layer, a count that the loop carries, and outputs beside the loss."""
     params, _ = MODELS["scan"]()
