@@ -112,7 +112,7 @@ def scale_by_sumo(
         ``"gradient"`` adds R itself, as Algorithm 1 does. ``"scaled"`` gives each column of R the
         step size of the subspace, :math:`s R_j \|O_j\| / \|\hat G_j\|`. ``"orthogonal"`` takes the
         polar factor of both together, :math:`D = s \, \mathrm{polar}(R + Q M)` or, with Nesterov,
-        :math:`s \, \mathrm{polar}(G + \mu Q M)`: it trains best at any rank, and its products of
+        :math:`s \, \mathrm{polar}(G + \mu Q M)`: it trained best at every rank, and its products of
         m x n matrices cost what Muon's do. None adds nothing, so that updates have rank r.
       norm_growth_limit: :math:`\gamma` > 0. The norm of O, or of the scaled residual if there is
         one, is at most :math:`\gamma` times that of the previous step. None sets no limit, nor does
