@@ -718,7 +718,7 @@ TARGETS = {
 @every_optimizer_slowly
 @pytest.mark.parametrize("loss, start, optimum", TARGETS.values(), ids=TARGETS)
 def test_converges(make, loss, start, optimum):
-    tx = make(learning_rate=1e-2)
+    tx = make(learning_rate=3e-3)
 
     @jax.jit
     def run(params):
