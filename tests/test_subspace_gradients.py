@@ -155,12 +155,18 @@ def tokens_of(step, batch=4):
 OPTIMIZERS = {
     "sumo": (
         lambda: sumo_optax.sumo(
-            2e-3, 8, basis="randomized_svd", refresh_every=10, residual=None, weight_decay=0.1
+            1e-2,
+            8,
+            basis="randomized_svd",
+            refresh_every=10,
+            residual=None,
+            consistent_rms=0.2,
+            weight_decay=0.1,
         ),
         10,
     ),
     "sumo, followed every 10 steps": (
-        lambda: sumo_optax.sumo(2e-3, 8, basis="tracking", refresh_every=10, residual=None),
+        lambda: sumo_optax.sumo(1e-2, 8, refresh_every=10, residual=None, consistent_rms=0.2),
         10,
     ),
     "mofasgd": (lambda: sumo_optax.mofasgd(1e-2, 8), 0),

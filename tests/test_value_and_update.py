@@ -215,9 +215,16 @@ def axes_of(params):
     return jax.tree_util.tree_map_with_path(axes, params)
 
 
-OPTIMIZERS = {name: functools.partial(row[0], 2e-3) for name, row in TABLE.items()} | {
-    "sumo_random": lambda: sumo_optax.sumo(2e-3, 3, basis="random", refresh_every=3, stagger=True),
-    "sumo_bfloat16": lambda: sumo_optax.sumo(2e-3, 3, state_dtype="bfloat16"),
+# Small steps: rounding grows with them.
+SMALL = {"consistent_rms": 0.2}
+OPTIMIZERS = {
+    name: functools.partial(row[0], **(SMALL if name.startswith(("sumo", "mofasgd")) else {}))
+    for name, row in TABLE.items()
+} | {
+    "sumo_random": lambda: sumo_optax.sumo(
+        1e-2, 3, **SMALL, basis="random", refresh_every=3, stagger=True
+    ),
+    "sumo_bfloat16": lambda: sumo_optax.sumo(1e-2, 3, **SMALL, state_dtype="bfloat16"),
     "adamw": lambda: optax.adamw(
         optax.linear_schedule(1e-2, 1e-3, 20), mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p)
     ),
