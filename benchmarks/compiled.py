@@ -130,6 +130,7 @@ PEERS = ("sgd", "adamw", "muon", "galore")
 OURS: dict[str, tuple[str, dict[str, Any]]] = {
     "sumo": ("sumo", {}),
     "sumo, Newton-Schulz": ("sumo", {"polar": "newton_schulz"}),
+    "sumo, whole": ("sumo", {"residual": "orthogonal"}),
     "sumo as published": ("sumo", dict(sumo_optax.presets.SUMO)),
     "online_subspace_descent": ("online_subspace_descent", {}),
     "mofasgd": ("mofasgd", {}),

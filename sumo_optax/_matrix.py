@@ -216,10 +216,10 @@ def _matrices_step(
     """Updates of the matrices, their new state, and how many updates were skipped so far."""
     matrices = grads.matrices()
     columns = [jax.tree.leaves(tree) for tree in trees]
-    largest = lambda arrays: rule.packed * max(x.size for x in arrays)
-    sizes = [largest(arrays) for arrays in zip(*columns, strict=True)]
     if rule.whole:
         sizes = [math.prod(leaf.shape) for _, leaf, _ in matrices]
+    else:
+        sizes = [rule.packed * max(x.size for x in arrays) for arrays in zip(*columns, strict=True)]
     # pyrefly: ignore [missing-attribute]
     precision = jax.config.jax_default_matmul_precision or "default"
     updates: list[Any] = [None] * len(matrices)

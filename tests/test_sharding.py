@@ -230,6 +230,7 @@ def test_nothing_of_the_gradients_size_is_sent(make, shape, spec):
 TOGETHER = ("online_subspace_descent", "galore", "mofasgd")
 
 
+@pytest.mark.slow
 @every_low_rank_transformation_slowly
 def test_layers_are_read_and_written_one_at_a_time(make, monkeypatch, request):
     """Three, which the mesh cannot divide: products of one of them at a time are sent."""
@@ -366,6 +367,7 @@ SCANNED = {
 MESH_AXES = {"embed": "fsdp", "vocab": "tensor", "mlp": "tensor", "heads": "tensor"}
 
 
+@pytest.mark.slow
 @every_optimizer_slowly
 def test_variables_that_name_the_axes_of_a_model_in_two_fields(make):
     is_leaf = lambda x: isinstance(x, tuple)

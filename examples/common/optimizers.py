@@ -102,7 +102,6 @@ def galore(learning_rate, *, rank, refresh_every=200, adam_learning_rate, weight
 
 OPTAX: dict[str, Any] = {"galore": galore, "muon": muon, "adamw": optax.adamw}
 
-
 find: Any = lambda name: OPTAX.get(name) or getattr(sumo_optax, name)
 
 

@@ -120,9 +120,8 @@ def train(run: Run) -> tuple[State, float, metrics.Rows, int]:
         if run.options.resume:
             going_on = f"going on from step {at[0]}"
             print(going_on if restored else "no checkpoint yet: starting from step 0")
-        if (
-            mesh.leads() and not restored
-        ):  # a checkpoint comes later: who finds one finds them whole
+        # A checkpoint comes later: who finds one finds these whole.
+        if mesh.leads() and not restored:
             run.write_tokenizer(run.out / "tokenizer.json")
             (run.out / "config.json").write_text(json.dumps(run.record, indent=2) + "\n")
         log = metrics.Metrics(run.out, at[0], run.options, run.record)
