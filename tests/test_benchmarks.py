@@ -149,10 +149,12 @@ def test_on_device_runs_a_step(tmp_path, monkeypatch, optimizer, update_alone):
         on_device.CASES[name], model=model, rank=4, update_alone=update_alone
     )
     monkeypatch.setitem(on_device.CASES, name, small)
-    lock = ["--lock", str(tmp_path / "lock")]
+    cache = ["--cache", str(tmp_path)]
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        on_device.main(["--one", "--cases", name, "--optimizers", optimizer, *lock])
-    row = json.loads(out.getvalue())
+        for do in ("compile", "run"):
+            on_device.main(["--one", do, "--cases", name, "--optimizers", optimizer, *cache])
+    foretold, figures = map(json.loads, out.getvalue().splitlines())
+    row = foretold | figures
     assert row["finite"] and 0 < row["ordinary_ms"] <= row["worst_ms"]
     assert row["foretold_bytes"] > 4 * 2 * (4 * 16**2 + 3 * 16 * 24)
     other = row | {"case": name, "outcome": "ran", "step_ms": 2 * row["step_ms"]}
