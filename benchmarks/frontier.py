@@ -11,6 +11,7 @@ bits, an optimizer of optax is inside of `quantize_state`, with all of its state
 its `state_dtype`, for the matrices alone.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -60,7 +61,7 @@ IN_FLOATS = {
     "lion": Entry("lion", 5e-4),
     "adafactor": Entry("adafactor", 3e-3),
     "muon": Entry("muon_in_bits", 3e-2, "beta=0.8"),
-    "galore, rank d/4": Entry("galore", 5e-3, divisor=4),
+    "galore, rank d/4": Entry("galore_on_matrices", 5e-3, divisor=4),
     "sumo, rank d/4": Entry("sumo", 3e-3, divisor=4),
     "sumo, whole, rank d/4": Entry("sumo", 3e-3, WHOLE, 4),
     "sumo, whole, rank d/16": Entry("sumo", 3e-3, WHOLE, 16),
@@ -120,6 +121,22 @@ def adafactor(learning_rate, *, adam_learning_rate, weight_decay):
     return on_matrices(tx, adam_learning_rate, weight_decay)
 
 
+def galore(learning_rate, *, rank, adam_learning_rate, weight_decay):
+    """In our form, which takes stacked layers: GaLore's scale and interval, a basis by SVD."""
+    adam = sumo_optax.scale_in_subspace(
+        optax.scale_by_adam(),
+        rank,
+        basis="svd",
+        side="short",
+        weight_dimension_numbers=lambda params: jax.tree.map(
+            lambda x: optax.contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1), params
+        ),
+    )
+    decayed = optax.add_decayed_weights(weight_decay)
+    tx = optax.chain(adam, decayed, optax.scale_by_learning_rate(learning_rate))
+    return on_matrices(tx, adam_learning_rate, weight_decay)
+
+
 def muon(learning_rate, *, beta, adam_learning_rate, weight_decay, bits=None):
     tx = optimizers.muon(
         learning_rate,
@@ -136,6 +153,7 @@ def register() -> None:
         "adamw_on_matrices": adamw,
         "lion": lion,
         "adafactor": adafactor,
+        "galore_on_matrices": galore,
         "muon_in_bits": muon,
     }
     optimizers.OPTAX.update(others)
@@ -160,15 +178,17 @@ class Config:
     """Walk to each one's best learning rate; otherwise all have the rates of this file."""
     rate: float | None = None
     """A rate for all that are named by --only, in place of that."""
+    lock: Path | None = None
+    """A file that a process holds while it trains: several can compile at once for one device."""
     draw: bool = False
     """Train nothing: the table and the figure of what is recorded."""
 
 
 class Runs:
-    """The training runs of one entry, all seeds in one program that takes the rate as a number."""
+    """The training runs of one entry: all rates and seeds are lanes of one program."""
 
     def __init__(self, config: Config, name: str):
-        self.entry = STUDY[name]
+        self.entry, self.lock = STUDY[name], config.lock
         self.seeds = jax.vmap(jax.random.key)(jnp.arange(config.seeds))
         argv = ["--optimizer", self.entry.optimizer, *config.pretrain.split()]
         argv += ["--data", config.data] if config.data else []
@@ -183,7 +203,8 @@ class Runs:
         self.batches = np.stack([of_lane(batches) for _, batches, _ in loaded])
         parts = len(validation) // options.batch
         self.validation = validation[: parts * options.batch].reshape(parts, options.batch, -1)
-        self.train = jax.jit(jax.vmap(self.trained, in_axes=(None, 0, 0, None)))
+        of_seeds = jax.vmap(self.trained, in_axes=(None, 0, 0, None))
+        self.train = jax.jit(jax.vmap(of_seeds, in_axes=(0, None, None, None)))
 
     def optimizer(self, rate: float | jax.Array) -> optax.GradientTransformation:
         """After clipping; its rates follow the schedule of the examples."""
@@ -222,20 +243,29 @@ class Runs:
             "matrix_bytes": sum(x.state_bytes for x in matrices),
         }
 
-    def at(self, rate: float) -> list[dict[str, Any]]:
-        """A row for each seed."""
-        losses = self.train(rate, self.seeds, self.batches, self.validation)
-        return [{"validation_loss": float(x)} | self.held() for x in losses]
+    def at(self, rates: Sequence[float]) -> list[list[dict[str, Any]]]:
+        """For each rate a row for each seed."""
+        given = jnp.array(rates), self.seeds, self.batches, self.validation
+        compiled = self.train.lower(*given).compile()
+        with record.locked(self.lock) if self.lock else contextlib.nullcontext():
+            losses = jax.block_until_ready(compiled(*given))
+        row = lambda loss: {"validation_loss": float(loss)} | self.held()
+        return [[row(loss) for loss in of_rate] for of_rate in losses]
 
 
-def loss(config: Config, name: str, make: Callable[[], Runs], rate: float) -> float:
-    """The final validation loss, the seeds' mean; infinite if one has diverged."""
-    keys = [(config.text, config.pretrain, name, rate, seed) for seed in range(config.seeds)]
-    if any(key not in RUNS.rows() for key in keys):
-        RUNS.add(dict(zip(keys, make().at(rate), strict=True)))
-        print(name, rate, [RUNS.rows()[key]["validation_loss"] for key in keys], flush=True)
-    losses = [RUNS.rows()[key]["validation_loss"] for key in keys]
-    return mean(losses) if all(map(math.isfinite, losses)) else math.inf
+def losses(
+    config: Config, name: str, runs: Callable[[], Runs], rates: Sequence[float]
+) -> list[float]:
+    """The final validation loss at each rate, the seeds' mean; infinite if one has diverged."""
+    keys = [
+        [(config.text, config.pretrain, name, x, i) for i in range(config.seeds)] for x in rates
+    ]
+    if not set(itertools.chain(*keys)) <= RUNS.rows().keys():
+        made = runs().at(rates)
+        RUNS.add(dict(zip(itertools.chain(*keys), itertools.chain(*made), strict=True)))
+    found = [[RUNS.rows()[key]["validation_loss"] for key in of_rate] for of_rate in keys]
+    print(name, *zip(rates, found, strict=True), flush=True)
+    return [mean(x) if all(map(math.isfinite, x)) else math.inf for x in found]
 
 
 def make(config: Config) -> None:
@@ -245,12 +275,22 @@ def make(config: Config) -> None:
         if name not in STUDY:
             raise SystemExit(f"error: no entry {name!r}; there are {', '.join(STUDY)}")
         runs = functools.cache(functools.partial(Runs, config, name))
-        at = functools.cache(functools.partial(loss, config, name, runs))
+        at = functools.partial(losses, config, name, runs)
         guess = config.rate or STUDY[name].rate
         if config.sweep:
-            sweep.best_rate(at, guess, convergence.RATES, above=1)
+            walk(at, convergence.RATES.index(guess))
         else:
-            at(guess)
+            at([guess])
+
+
+def walk(at: Callable[[Sequence[float]], list[float]], best: int) -> None:
+    """Moves along the rates until those beside the best are worse."""
+    while True:
+        found = at(convergence.RATES[best - 1 : best + 2])
+        step = found.index(min(found)) - 1
+        if step == 0:
+            return
+        best += step
 
 
 def summarize() -> list[dict[str, Any]]:

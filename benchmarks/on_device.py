@@ -7,7 +7,6 @@ The cases and optimizers are those of `compiled.py`, which foretells the memory.
 """
 
 import dataclasses
-import fcntl
 import functools
 import itertools
 import json
@@ -15,6 +14,7 @@ import os
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -115,8 +115,7 @@ def one(config: Config) -> dict[str, Any]:
     step = Step(CASES[config.cases[0]], config.optimizers[0])
     if config.one == "compile":
         return step.foretold()
-    with (config.cache / "lock").open("w") as lock:  # who holds it has the device
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with record.locked(config.cache / "lock"):  # who holds it has the device
         return step.run()
 
 
@@ -129,27 +128,27 @@ def make(config: Config, wanted: list[tuple[str, str]]) -> None:
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
 
-    def process(do: str, what: tuple[str, str]) -> dict[str, Any]:
+    def process(do: str, what: tuple[str, str]) -> bool:
+        """Whether it came to its end; its figures are in the record then."""
         case, name = what
         argv = [sys.executable, __file__, "--one", do, "--cases", case, "--optimizers", name]
         argv += ["--cache", str(config.cache)]
         done = subprocess.run(argv, capture_output=True, text=True, env=os.environ | cache)
+        row = {"case": case, "optimizer": name}
         if done.returncode:
-            return {"case": case, "optimizer": name, "outcome": failure(done.stderr)}
-        figures = json.loads(done.stdout.splitlines()[-1])
-        return {"case": case, "optimizer": name, "outcome": "ran"} | figures
+            print(json.dumps(row | {"outcome": failure(done.stderr)}), flush=True)
+            return False
+        row |= json.loads(done.stdout.splitlines()[-1])
+        print(json.dumps(row), flush=True)
+        with lock:
+            add(row)
+        return True
 
+    lock = threading.Lock()
     with ThreadPoolExecutor(config.at_once) as pool:
-        foretold = list(pool.map(functools.partial(process, "compile"), wanted))
-        compiled = [what for what, row in zip(wanted, foretold, strict=True) if ran(row)]
-        for row in (*foretold, *pool.map(functools.partial(process, "run"), compiled)):
-            print(json.dumps(row), flush=True)
-            if ran(row):
-                add(row)
-
-
-def ran(row: dict[str, Any]) -> bool:
-    return row["outcome"] == "ran"
+        compiled = list(pool.map(functools.partial(process, "compile"), wanted))
+    with ThreadPoolExecutor(2) as pool:  # one starts while the other runs
+        list(pool.map(functools.partial(process, "run"), itertools.compress(wanted, compiled)))
 
 
 def summarize() -> list[dict[str, Any]]:

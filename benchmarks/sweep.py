@@ -1,7 +1,6 @@
 """Training runs that are made once, the walk to the best learning rate, and the time of a step."""
 
 import contextlib
-import fcntl
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -56,8 +55,7 @@ class Record:
         """Writes runs down, each under its key."""
         named = {key: dict(zip(self.columns, key, strict=True)) | x for key, x in made.items()}
         record.RESULTS.mkdir(exist_ok=True)
-        with (record.RESULTS / f".{self.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with record.locked(record.RESULTS / f".{self.name}.lock"):
             rows = list((self.rows() | named).values())
             record.write(self.name, rows, arguments=())  # a part, or all of it: the same runs
 
