@@ -20,37 +20,11 @@ import optax
 import program
 import training_step
 import tyro
-from compiled import CASES, FUSED, NO_TARGET, OURS, PLANNED, Case
+from compiled import CASES, FUSED, NO_TARGET, PLANNED, Case, optimizer
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from optax.contrib import MuonDimensionNumbers
 
 import sumo_optax
-
-
-def optimizer(name: str, case: Case) -> optax.GradientTransformation:
-    """With the same matrices for all."""
-    numbers = training_step.projections
-    if name == "sgd":
-        return optax.sgd(1e-2)
-    if name == "adamw":
-        return optax.adamw(1e-3)
-    if name == "muon":
-        return optax.contrib.muon(1e-2, muon_weight_dimension_numbers=numbers)
-    if name == "galore":
-        return optax.contrib.galore(1e-2, case.rank, weight_dimension_numbers=galore_numbers)
-    function, settings = OURS[name]
-    given = {"weight_dimension_numbers": numbers, "state_dtype": case.state_dtype}
-    return getattr(sumo_optax, function)(1e-2, case.rank, **(given | settings))
-
-
-def galore_numbers(params: Any) -> Any:
-    """optax's GaLore has a type of its own for the same."""
-    return jax.tree.map(
-        lambda spec: optax.contrib.GaLoreDimensionNumbers(*spec),
-        training_step.projections(params),
-        is_leaf=lambda x: isinstance(x, MuonDimensionNumbers),
-    )
 
 
 def clock() -> float:

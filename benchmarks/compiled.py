@@ -21,8 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import optax
 import record
+import training_step
 import tyro
+from optax.contrib import MuonDimensionNumbers
 from training_step import Model
 
 import sumo_optax
@@ -202,6 +205,31 @@ class Config:
     """Compile nothing: the tables of what is recorded."""
     keep: Path | None = None
     """A folder for the text of the compiled programs."""
+
+
+def optimizer(name: str, case: Case) -> optax.GradientTransformation:
+    """With the same matrices for all."""
+    numbers = training_step.projections
+    if name == "sgd":
+        return optax.sgd(1e-2)
+    if name == "adamw":
+        return optax.adamw(1e-3)
+    if name == "muon":
+        return optax.contrib.muon(1e-2, muon_weight_dimension_numbers=numbers)
+    if name == "galore":
+        return optax.contrib.galore(1e-2, case.rank, weight_dimension_numbers=galore_numbers)
+    function, settings = OURS[name]
+    given = {"weight_dimension_numbers": numbers, "state_dtype": case.state_dtype}
+    return getattr(sumo_optax, function)(1e-2, case.rank, **(given | settings))
+
+
+def galore_numbers(params: Any) -> Any:
+    """optax's GaLore has a type of its own for the same."""
+    return jax.tree.map(
+        lambda spec: optax.contrib.GaLoreDimensionNumbers(*spec),
+        training_step.projections(params),
+        is_leaf=lambda x: isinstance(x, MuonDimensionNumbers),
+    )
 
 
 def run(case: str, optimizer: str, config: Config) -> dict[str, Any]:

@@ -6,27 +6,33 @@ python benchmarks/frontier.py --data books --text "a folder of books"
 python benchmarks/frontier.py --sweep                         # rates too: twice as long
 python benchmarks/frontier.py --draw                          # table and figure of the record
 
-A run that is in the record is not made again. In few bits, an optimizer of optax is inside of
-`quantize_state`, with all of its state; one of ours has its `state_dtype`, for the matrices alone.
+All seeds of an entry train in one program. A run that is in the record is not made again. In few
+bits, an optimizer of optax is inside of `quantize_state`, with all of its state; one of ours has
+its `state_dtype`, for the matrices alone.
 """
 
 import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any, Literal
 
 import convergence
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 import pretrain
 import record
 import sweep
 import tyro
 from common import optimizers
+from common import text as corpus
+from common.llama import LlamaConfig
+from common.training import State
 from matplotlib.figure import Figure
 
 import sumo_optax
@@ -47,6 +53,7 @@ class Entry:
         return dataclasses.replace(self, settings=f"{self.settings} {setting}".strip())
 
 
+ADAM_RATE = 5e-3  # for all but the matrices
 WHOLE = "residual=orthogonal consistent_rms=2"
 IN_FLOATS = {
     "adamw": Entry("adamw_on_matrices", 3e-3),
@@ -155,54 +162,95 @@ class Config:
     """A rate for all that are named by --only, in place of that."""
     draw: bool = False
     """Train nothing: the table and the figure of what is recorded."""
-    runs: Path = Path("runs/frontier")
-    """Where the runs are kept."""
 
 
-def run(
-    config: Config, text: str, arguments: str, name: str, rate: float, seed: int
-) -> dict[str, Any]:
-    """One training run, and what its optimizer holds for the matrices."""
-    entry = STUDY[name]
-    argv = ["--optimizer", entry.optimizer, "--learning-rate", f"{rate:g}", "--seed", str(seed)]
-    argv += ["--adam-learning-rate", "5e-3", *arguments.split()]
-    argv += ["--data", config.data] if config.data else []
-    argv += ["--set", *entry.settings.split()] if entry.settings else []
-    if entry.divisor:
-        width = pretrain.parse(argv).width
-        argv += ["--rank", str(max(1, width // entry.divisor))]
-    out = config.runs / f"{list(STUDY).index(name)}-{rate:g}-{seed}"
-    made = convergence.trained(out, argv)
-    made_again = pretrain.prepare(pretrain.parse(["--out", str(out), "--overwrite", *argv]))
-    leaves = sumo_optax.describe(made_again.tx, made_again.state.params).leaves
-    matrices = [x for x in leaves if x.path.startswith("layers/") and x.path.endswith("/kernel")]
-    return made | {
-        "steps": made_again.steps,
-        "numbers": sum(math.prod(x.shape) for x in matrices),
-        "matrix_bytes": sum(x.state_bytes for x in matrices),
-    }
+class Runs:
+    """The training runs of one entry, all seeds in one program that takes the rate as a number."""
+
+    def __init__(self, config: Config, name: str):
+        self.entry = STUDY[name]
+        self.seeds = jax.vmap(jax.random.key)(jnp.arange(config.seeds))
+        argv = ["--optimizer", self.entry.optimizer, *config.pretrain.split()]
+        argv += ["--data", config.data] if config.data else []
+        argv += ["--set", *self.entry.settings.split()] if self.entry.settings else []
+        self.options = options = pretrain.parse(argv)
+        of_seed = lambda seed: dataclasses.replace(options, seed=seed)
+        loaded = [corpus.load(of_seed(seed), None) for seed in range(config.seeds)]
+        tokenizer, _, validation = loaded[0]
+        sizes = (options.width, options.hidden, options.heads, options.layers)
+        self.shape = LlamaConfig(*sizes, vocab=tokenizer.vocab, scan_layers=options.scan_layers)
+        of_lane = lambda batches: np.stack(list(itertools.islice(batches, options.steps)))
+        self.batches = np.stack([of_lane(batches) for _, batches, _ in loaded])
+        parts = len(validation) // options.batch
+        self.validation = validation[: parts * options.batch].reshape(parts, options.batch, -1)
+        self.train = jax.jit(jax.vmap(self.trained, in_axes=(None, 0, 0, None)))
+
+    def optimizer(self, rate: float | jax.Array) -> optax.GradientTransformation:
+        """After clipping; its rates follow the schedule of the examples."""
+        rank = max(1, self.options.width // (self.entry.divisor or 4))
+        given = optimizers.complete(self.entry.optimizer, self.options, rank)
+        unit = optimizers.schedule(1.0, self.options.steps)
+        peaks = {"learning_rate": rate, "adam_learning_rate": ADAM_RATE}
+        scheduled = {x: lambda count, peak=peak: peak * unit(count) for x, peak in peaks.items()}
+        tx = optimizers.find(self.entry.optimizer)(**given | scheduled)
+        return optax.chain(optax.clip_by_global_norm(1.0), tx)
+
+    def trained(self, rate, seed, batches, validation):
+        """The validation loss of one seed."""
+        tx = self.optimizer(rate)
+        init, loss, _ = pretrain.functions(self.shape, tx, seed)
+
+        def step(state: State, windows: jax.Array):
+            value, gradients = jax.value_and_grad(loss)(state.params, windows)
+            updates, optimizer = tx.update(gradients, state.optimizer, state.params)
+            return State(optax.apply_updates(state.params, updates), optimizer), value
+
+        state, _ = jax.lax.scan(step, init(), batches)
+        return jax.lax.map(lambda windows: loss(state.params, windows), validation).mean()
+
+    def held(self) -> dict[str, int]:
+        """Bytes for the matrices, and how many parameters these have."""
+        tx = self.optimizer(1.0)
+        init, _, _ = pretrain.functions(self.shape, tx, 0)
+        leaves = sumo_optax.describe(tx, jax.eval_shape(init).params).leaves
+        matrices = [
+            x for x in leaves if x.path.startswith("layers/") and x.path.endswith("/kernel")
+        ]
+        return {
+            "steps": self.options.steps,
+            "numbers": sum(math.prod(x.shape) for x in matrices),
+            "matrix_bytes": sum(x.state_bytes for x in matrices),
+        }
+
+    def at(self, rate: float) -> list[dict[str, Any]]:
+        """A row for each seed."""
+        losses = self.train(rate, self.seeds, self.batches, self.validation)
+        return [{"validation_loss": float(x)} | self.held() for x in losses]
 
 
-def loss(config: Config, name: str, rate: float, seed: int = 0) -> float:
-    """The final validation loss of a run."""
-    key = config.text, config.pretrain, name, rate, seed
-    final = RUNS.get(*key, make=functools.partial(run, config))["validation_loss"]
-    return final if math.isfinite(final) else math.inf
+def loss(config: Config, name: str, make: Callable[[], Runs], rate: float) -> float:
+    """The final validation loss, the seeds' mean; infinite if one has diverged."""
+    keys = [(config.text, config.pretrain, name, rate, seed) for seed in range(config.seeds)]
+    if any(key not in RUNS.rows() for key in keys):
+        RUNS.add(dict(zip(keys, make().at(rate), strict=True)))
+        print(name, rate, [RUNS.rows()[key]["validation_loss"] for key in keys], flush=True)
+    losses = [RUNS.rows()[key]["validation_loss"] for key in keys]
+    return mean(losses) if all(map(math.isfinite, losses)) else math.inf
 
 
 def make(config: Config) -> None:
-    """Makes all runs that are missing, a seed after the other."""
+    """Makes all runs that are missing."""
     register()
-    rates = {}
-    for seed, name in itertools.product(range(config.seeds), config.only):
+    for name in config.only:
         if name not in STUDY:
             raise SystemExit(f"error: no entry {name!r}; there are {', '.join(STUDY)}")
-        if name not in rates:
-            at = functools.partial(loss, config, name)
-            guess = config.rate or STUDY[name].rate
-            walk = functools.partial(sweep.best_rate, at, guess, convergence.RATES, above=1)
-            rates[name] = walk() if config.sweep else guess
-        loss(config, name, rates[name], seed)
+        runs = functools.cache(functools.partial(Runs, config, name))
+        at = functools.cache(functools.partial(loss, config, name, runs))
+        guess = config.rate or STUDY[name].rate
+        if config.sweep:
+            sweep.best_rate(at, guess, convergence.RATES, above=1)
+        else:
+            at(guess)
 
 
 def summarize() -> list[dict[str, Any]]:

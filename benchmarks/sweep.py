@@ -1,6 +1,7 @@
 """Training runs that are made once, the walk to the best learning rate, and the time of a step."""
 
 import contextlib
+import fcntl
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -31,8 +32,8 @@ def settings(optimizer: str, *others: str) -> list[str]:
 class Record:
     """The runs in a file of benchmarks/results, each known by the values of some of its columns.
 
-    The last two of these are learning rate and seed. Several programs may add to it: it is read
-    again before each writing.
+    The last two of these are learning rate and seed. Several programs may add to it: each reads it
+    again before it writes.
     """
 
     def __init__(self, name: str, columns: Sequence[str]):
@@ -48,10 +49,17 @@ class Record:
     def get(self, *key: Any, make: Callable[..., dict[str, Any]]) -> dict[str, Any]:
         """The run with this key, which is made and written down if it was not yet."""
         if key not in self.rows():
-            row = dict(zip(self.columns, key, strict=True)) | make(*key)
-            rows = list((self.rows() | {key: row}).values())
-            record.write(self.name, rows, arguments=())  # a part, or all of it: the same runs
+            self.add({key: make(*key)})
         return self.rows()[key]
+
+    def add(self, made: dict[Key, dict[str, Any]]) -> None:
+        """Writes runs down, each under its key."""
+        named = {key: dict(zip(self.columns, key, strict=True)) | x for key, x in made.items()}
+        record.RESULTS.mkdir(exist_ok=True)
+        with (record.RESULTS / f".{self.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            rows = list((self.rows() | named).values())
+            record.write(self.name, rows, arguments=())  # a part, or all of it: the same runs
 
     def at_best_rate(self, *entry: Any, seeds: Sequence[int]) -> list[dict[str, Any]]:
         """The runs of an entry at the rate that has all seeds; none where they are not all made."""

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import dataclasses
 import io
 import itertools
 import json
@@ -107,18 +108,24 @@ def test_frontier_has_its_edge(tmp_path, monkeypatch):
     found = {"adamw": (8, 1.6), "lion": (4, 1.7), "sumo, rank d/4": (1, 1.65)}
     made = []
 
-    def run(config, text, arguments, name, rate, seed):
-        made.append((name, rate, seed))
-        held, loss = found[name]
-        at_rate = loss + 10 * abs(rate - 5e-3) + seed / 100
-        return {"validation_loss": at_rate, "matrix_bytes": 1000 * held, "numbers": 1000}
+    class Runs:
+        def __init__(self, config, name):
+            self.seeds, self.name = config.seeds, name
 
-    monkeypatch.setattr(frontier, "run", run)
+        def at(self, rate):
+            made.append((self.name, rate))
+            held, loss = found[self.name]
+            at_rate = loss + 10 * abs(rate - 5e-3)
+            of_seed = lambda seed: {"validation_loss": at_rate + seed / 100}
+            numbers = {"matrix_bytes": 1000 * held, "numbers": 1000}
+            return [of_seed(seed) | numbers for seed in range(self.seeds)]
+
+    monkeypatch.setattr(frontier, "Runs", Runs)
     with contextlib.redirect_stdout(io.StringIO()) as out:
         frontier.main(["--only", "adamw", "sumo, rank d/4", "--rate", "5e-3", "--seeds", "2"])
         frontier.main(["--only", *found, "--seeds", "2"])
         frontier.main(["--draw"])
-    assert len(made) == len(set(made)) == 2 * 5
+    assert len(made) == len(set(made)) == 5
     (sumo, lion, adamw) = frontier.summarize()
     assert [x["edge"] for x in (sumo, lion, adamw)] == ["yes", "", "yes"]
     assert (adamw["learning_rate"], adamw["loss"]) == (5e-3, pytest.approx(1.605))
@@ -127,21 +134,61 @@ def test_frontier_has_its_edge(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("optimizer", "update_alone"),
+    [("sumo", True), ("adamw", False), ("sumo, value_and_update", False)],
+)
+def test_on_device_runs_a_step(tmp_path, monkeypatch, optimizer, update_alone):
+    """As a case of a small model; its figures are of this machine."""
+    import on_device
+
+    (name, *_) = on_device.ON_ONE_H100
+    sizes = {"width": 16, "hidden": 24, "layers": 2, "heads": 2, "vocab": 32, "stacked": True}
+    model = on_device.training_step.Model(length=8, **sizes)
+    small = dataclasses.replace(
+        on_device.CASES[name], model=model, rank=4, update_alone=update_alone
+    )
+    monkeypatch.setitem(on_device.CASES, name, small)
+    cache = ["--cache", str(tmp_path)]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        for do in ("compile", "run"):
+            on_device.main(["--one", do, "--cases", name, "--optimizers", optimizer, *cache])
+    foretold, figures = map(json.loads, out.getvalue().splitlines())
+    row = foretold | figures
+    assert row["finite"] and 0 < row["ordinary_ms"] <= row["worst_ms"]
+    assert row["foretold_bytes"] > 4 * 2 * (4 * 16**2 + 3 * 16 * 24)
+    other = row | {"case": name, "outcome": "ran", "step_ms": 2 * row["step_ms"]}
+    adamw = row | {"case": name, "outcome": "ran", "optimizer": "adamw"}
+    told = on_device.compared([adamw, other | {"optimizer": "sumo"}])
+    assert [x["step_ms_over_adamw"] for x in told] == [1, pytest.approx(2, abs=0.01)]
+    assert "| sumo |" in on_device.table(told)
+
+
+@pytest.mark.slow
 def test_frontier_trains(tmp_path, monkeypatch):
+    """As the pre-training program does, but for all seeds at once."""
     import frontier
+    import pretrain
     import record
 
     monkeypatch.setattr(record, "RESULTS", tmp_path)
     names = ["adafactor", "lion, int8", "muon, int4", "adamw", "sumo, whole, rank d/4, int4"]
     with contextlib.redirect_stdout(io.StringIO()):
         model = f"--pretrain={MICRO} --steps 4 --batch 2"
-        runs = ["--runs", str(tmp_path / "runs"), "--seeds", "1"]
-        frontier.main(["--only", *names, model, *runs])
+        frontier.main(["--only", *names, model, "--seeds", "1"])
     rows = {x["entry"]: x for x in json.loads((tmp_path / "frontier.json").read_text())["rows"]}
     assert all(4 < rows[name]["validation_loss"] < 8 for name in names)
     assert rows["adamw"]["matrix_bytes"] == 8 * rows["adamw"]["numbers"]
     held = [rows[name]["matrix_bytes"] for name in names]
     assert held[3] > held[1] > held[4]
+    argv = f"{MICRO} --steps 4 --batch 2 --optimizer sumo --rank 4 --set".split()
+    argv += [*frontier.STUDY[names[-1]].settings.split(), "--out", str(tmp_path / "run")]
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert pretrain.main(argv) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert rows[names[-1]]["validation_loss"] == pytest.approx(
+        summary["validation_loss"], abs=1e-4
+    )  # sums in another order
 
 
 @pytest.mark.slow
