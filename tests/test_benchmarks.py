@@ -6,8 +6,10 @@ import dataclasses
 import io
 import itertools
 import json
+import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -329,18 +331,40 @@ def test_collectives_are_counted(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_faults_are_survived(tmp_path, monkeypatch):
+@pytest.mark.parametrize("form", ["faults", "faults_short"])
+def test_faults_are_survived(form, tmp_path, monkeypatch):
+    """In full; and forked, two at once, with a state in 8 bits."""
     import faults
     import record
 
     monkeypatch.setattr(record, "RESULTS", tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))  # the short form adds to it
+    short = ["--short", "--at-once", "2", "--set", "state_dtype=int8"]
     with contextlib.redirect_stdout(io.StringIO()):
-        size = ["--steps", "60", "--save-every", "10"]
+        size = ["--steps", "60", "--save-every", "10", *(short if form == "faults_short" else [])]
         faults.main(["--kills", "2", *size, "--runs", str(tmp_path / "runs")])
-    (row,) = json.loads((tmp_path / "faults.json").read_text())["rows"]
-    assert row["kills"] == 2 and row["runs"] >= 1
-    assert row["parameters_compared"] > 0
+    (row,) = json.loads((tmp_path / f"{form}.json").read_text())["rows"]
+    # Of two at once, one may be under way as the last that is needed is killed.
+    assert row["kills"] in ((2, 3) if form == "faults_short" else (2,)) and row["runs"] >= 1
+    # The first run, and each that was broken.
+    assert row["parameters_compared"] == (1 + row["runs"]) * 25184
+    assert row["state_bits_compared"] > 32 * row["parameters_compared"]
     assert row["runs_lost"] == row["checkpoints_lost"] == row["parameters_differing"] == 0
+    assert row["state_bits_differing"] == 0
+
+
+def test_faults_count_what_differs(monkeypatch):
+    import faults
+
+    parts = {"params": np.zeros(8, np.uint8), "optimizer": np.zeros(3, np.uint8)}
+    flipped = {name: x.copy() for name, x in parts.items()}
+    flipped["params"][5:7] = 1, 9
+    flipped["optimizer"][1] = 0b101
+    monkeypatch.setattr(faults, "end", lambda config, out: flipped)
+    tally = faults.Tally()
+    faults.compare(faults.Config(), Path("broken"), parts, tally)
+    assert (tally.parameters_compared, tally.parameters_differing) == (2, 1)
+    assert (tally.state_bits_compared, tally.state_bits_differing) == (24, 2)
 
 
 def test_compiled_programs_are_compared(tmp_path, monkeypatch):
