@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import peers
 import pretrain
 import record
 import sweep
@@ -35,6 +36,7 @@ from common import text as corpus
 from common.llama import LlamaConfig
 from common.training import State
 from matplotlib.figure import Figure
+from peers import on_matrices
 
 import sumo_optax
 
@@ -61,6 +63,9 @@ IN_FLOATS = {
     "lion": Entry("lion", 5e-4),
     "adafactor": Entry("adafactor", 3e-3),
     "muon": Entry("muon_in_bits", 3e-2, "beta=0.8"),
+    "apollo, rank d/4": Entry("apollo", 5e-3, divisor=4),
+    "apollo-mini": Entry("apollo_mini", 5e-3),
+    "fira, rank d/4": Entry("fira", 5e-3, divisor=4),
     "galore, rank d/4": Entry("galore_on_matrices", 5e-3, divisor=4),
     "sumo, rank d/4": Entry("sumo", 3e-3, divisor=4),
     "sumo, whole, rank d/4": Entry("sumo", 3e-3, WHOLE, 4),
@@ -68,7 +73,7 @@ IN_FLOATS = {
     "sumo, whole, rank d/64": Entry("sumo", 3e-3, WHOLE, 64),
 }
 # Of which states in few bits are compared.
-ROUNDED = set(IN_FLOATS) - {"adafactor", "galore, rank d/4"}
+ROUNDED = {x for x in IN_FLOATS if x.startswith(("adamw", "lion", "muon", "sumo"))}
 
 
 def study() -> dict[str, Entry]:
@@ -90,15 +95,6 @@ def few_bits(
     tx: optax.GradientTransformation, bits: Literal[4, 8] | None
 ) -> optax.GradientTransformation:
     return tx if bits is None else sumo_optax.quantize_state(tx, bits)
-
-
-def on_matrices(tx, adam_learning_rate, weight_decay) -> optax.GradientTransformation:
-    """`tx` for the projections, AdamW for the rest."""
-    label = lambda path, _: "matrix" if optimizers.is_matrix(path) else "adamw"
-    rest = optax.adamw(adam_learning_rate, weight_decay=weight_decay)
-    return optax.partition(
-        {"matrix": tx, "adamw": rest}, lambda params: jax.tree.map_with_path(label, params)
-    )
 
 
 def adamw(learning_rate, *, adam_learning_rate, weight_decay, bits=None):
@@ -154,6 +150,9 @@ def register() -> None:
         "lion": lion,
         "adafactor": adafactor,
         "galore_on_matrices": galore,
+        "apollo": peers.apollo,
+        "apollo_mini": peers.apollo_mini,
+        "fira": peers.fira,
         "muon_in_bits": muon,
     }
     optimizers.OPTAX.update(others)

@@ -52,18 +52,21 @@ def top_left_vectors(G: jax.Array, rank: int) -> jax.Array:
 
 
 def per_matrix(rank: int, keeps_basis: bool, step: Callable[..., Any]) -> Any:
-    """A transformation from `step(G, basis, mu, nu, norm, count, leaf)` for one matrix, m <= n."""
+    """A transformation from `step(G, basis, mu, nu, norm, count, leaf)` for one matrix, m <= n.
+
+    Further axes of a leaf, before its last two, are those of a stack of matrices.
+    """
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
 
     def init_leaf(path, p):
-        if p.ndim != 2:
+        if p.ndim < 2:
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             raise ValueError(f"peers train matrices alone, got {name} of shape {p.shape}")
-        m, n = sorted(p.shape)
-        moment = lambda: jnp.zeros((min(rank, m), n))
-        basis = jnp.zeros((m, min(rank, m))) if keeps_basis else None
-        return basis, moment(), moment(), jnp.zeros([])
+        *layers, m, n = *p.shape[:-2], *sorted(p.shape[-2:])
+        moment = lambda: jnp.zeros((*layers, min(rank, m), n))
+        basis = jnp.zeros((*layers, m, min(rank, m))) if keeps_basis else None
+        return basis, moment(), moment(), jnp.zeros(layers)
 
     def init(params):
         leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
@@ -71,10 +74,12 @@ def per_matrix(rank: int, keeps_basis: bool, step: Callable[..., Any]) -> Any:
         return PeerState(jnp.zeros([], jnp.int32), *map(treedef.unflatten, columns))
 
     def step_leaf(leaf, G, count, *state):
-        tall = G.shape[0] > G.shape[1]
-        wide = (G.T if tall else G).astype(jnp.float32)
-        D, *new = step(wide, *state, count, leaf)
-        return (D.T if tall else D).astype(G.dtype), *new
+        tall = G.shape[-2] > G.shape[-1]
+        one = lambda *given: step(*given, count, leaf)
+        for _ in G.shape[:-2]:
+            one = jax.vmap(one)
+        D, *new = one((G.mT if tall else G).astype(jnp.float32), *state)
+        return (D.mT if tall else D).astype(G.dtype), *new
 
     def update(updates, state, params=None):
         del params

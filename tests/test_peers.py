@@ -171,8 +171,19 @@ def test_complete_optimizers(name):
     np.testing.assert_allclose(ours, -0.5 * (D + 0.1), rtol=1e-6)  # one rounding or two
 
 
+@pytest.mark.parametrize("scale_by", [peers.scale_by_apollo, peers.scale_by_fira])
+def test_a_stack_is_its_matrices(scale_by):
+    tx = scale_by(2)
+    G = jax.random.normal(jax.random.key(0), (3, 8, 5))
+    D, state = tx.update(G, tx.init(G))
+    assert state.mu.shape == (3, 2, 8)
+    for matrix, expected in zip(G, D, strict=True):
+        alone, _ = tx.update(matrix, tx.init(matrix))
+        np.testing.assert_allclose(alone, expected, rtol=1e-4, atol=1e-5)  # sums in another order
+
+
 def test_what_is_not_allowed_is_refused():
     with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
         peers.scale_by_fira(0)
-    with pytest.raises(ValueError, match=r"got stack/kernel of shape \(2, 8, 8\)"):
-        peers.scale_by_apollo(2).init({"stack": {"kernel": jnp.zeros((2, 8, 8))}})
+    with pytest.raises(ValueError, match=r"got norm/scale of shape \(8,\)"):
+        peers.scale_by_apollo(2).init({"norm": {"scale": jnp.zeros(8)}})
