@@ -24,6 +24,7 @@ from typing import Any, Literal
 import convergence
 import jax
 import jax.numpy as jnp
+import matplotlib
 import numpy as np
 import optax
 import peers
@@ -228,7 +229,7 @@ class Runs:
         state, _ = jax.lax.scan(step, init(), batches)
         return jax.lax.map(lambda windows: loss(state.params, windows), validation).mean()
 
-    def held(self) -> dict[str, int]:
+    def held(self) -> dict[str, Any]:
         """Bytes for the matrices, and how many parameters these have."""
         tx = self.optimizer(1.0)
         init, _, _ = pretrain.functions(self.shape, tx, 0)
@@ -240,6 +241,7 @@ class Runs:
             "steps": self.options.steps,
             "numbers": sum(math.prod(x.shape) for x in matrices),
             "matrix_bytes": sum(x.state_bytes for x in matrices),
+            "machine": record.machine(),
         }
 
     def at(self, rates: Sequence[float]) -> list[list[dict[str, Any]]]:
@@ -332,7 +334,7 @@ def is_on_edge(row: dict[str, Any], rows: list[dict[str, Any]]) -> bool:
 def studies(rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
     """The rows of each text and model."""
     keys = dict.fromkeys((row["text"], row["arguments"]) for row in rows)
-    return {key: [x for x in rows if (x["text"], x["arguments"]) == key] for key in keys}
+    return {key: [x for x in rows if (x["text"], x["arguments"]) == key] for key in sorted(keys)}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -356,6 +358,10 @@ def table(rows: list[dict[str, Any]]) -> str:
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Loss over bytes, a line for each optimizer from float32 to 4 bits, and the edge below all."""
     parts = studies(rows)
+    dark_and_light = matplotlib.color_sequences["tab20"]
+    dark_first = [*dark_and_light[::2], *dark_and_light[1::2]]
+    colors = dict(zip(IN_FLOATS, dark_first, strict=False))
+    gain = lambda edge, k: edge[k - 1]["loss"] - edge[k]["loss"]
     figure = Figure(figsize=(9, 4.5 * len(parts)), layout="constrained")
     for axes, ((text, _), of_study) in zip(
         figure.subplots(len(parts), squeeze=False)[:, 0], parts.items(), strict=True
@@ -364,11 +370,11 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             line = [x for x in of_study if x["entry"].split(", int")[0] == name]
             columns = [x["bytes"] for x in line], [x["loss"] for x in line]
             if line:
-                axes.plot(*columns, "o-", markersize=5, label=name)
+                axes.plot(*columns, "o-", markersize=5, label=name, color=colors[name])
         edge = [x for x in of_study if x["edge"]]
         columns = [x["bytes"] for x in edge], [x["loss"] for x in edge]
         axes.step(*columns, where="post", color="gray", lw=1, ls=":")
-        for x in edge:
+        for x in (edge[k] for k in range(len(edge)) if k == 0 or gain(edge, k) > 0.005):
             at = {"xytext": (4, -10), "textcoords": "offset points", "fontsize": 7}
             axes.annotate(x["entry"], (x["bytes"], x["loss"]), color="gray", **at)
         axes.set(xscale="log", title=text, ylabel="validation loss, nats per byte")

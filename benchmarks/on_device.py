@@ -3,7 +3,7 @@
 python benchmarks/on_device.py                                          # all cases for one H100
 python benchmarks/on_device.py --cases train_7b_h100 --optimizers adamw sumo
 
-The cases and optimizers are those of `compiled.py`, which foretells the memory.
+The cases and optimizers are those of `compiled.py`, which predicts the memory.
 """
 
 import dataclasses
@@ -72,13 +72,13 @@ class Step:
         self.compiled = lowered.compile()
         self.compile_s = time.perf_counter() - begun
 
-    def foretold(self) -> dict[str, Any]:
+    def predicted(self) -> dict[str, Any]:
         """What the compiler says."""
         memory = self.compiled.memory_analysis()
         assert memory is not None
         peak = memory.argument_size_in_bytes + memory.output_size_in_bytes
         peak += memory.temp_size_in_bytes - memory.alias_size_in_bytes
-        return {"foretold_bytes": peak, "compile_s": round(self.compile_s, 1)}
+        return {"predicted_bytes": peak, "compile_s": round(self.compile_s, 1)}
 
     def arrays(self, shapes: Any) -> Any:
         """Random numbers, the same for each layer of a stack; or tokens."""
@@ -114,7 +114,7 @@ def one(config: Config) -> dict[str, Any]:
     """The figures of the first case and optimizer."""
     step = Step(CASES[config.cases[0]], config.optimizers[0])
     if config.one == "compile":
-        return step.foretold()
+        return step.predicted()
     with record.locked(config.cache / "lock"):  # who holds it has the device
         return step.run()
 
@@ -187,13 +187,13 @@ def table(rows: list[dict[str, Any]]) -> str:
         "over AdamW's": "{step_ms_over_adamw:.2f}",
         "without a moved basis, ms": "{ordinary_ms:,.1f}",
         "peak, GiB": "{peak_gib:.2f}",
-        "foretold, GiB": "{foretold_gib:.2f}",
+        "predicted, GiB": "{predicted_gib:.2f}",
         "compilation, s": "{compile_s:.0f}",
     }
     parts, rows = [], [row for row in rows if "step_ms_over_adamw" in row]
     for name in dict.fromkeys(row["case"] for row in rows):
         of_case = [
-            row | {f"{k}_gib": row[f"{k}_bytes"] / 2**30 for k in ("peak", "foretold")}
+            row | {f"{k}_gib": row[f"{k}_bytes"] / 2**30 for k in ("peak", "predicted")}
             for row in rows
             if row["case"] == name
         ]

@@ -10,6 +10,7 @@ import compiled
 import convergence
 import finetuning
 import frontier
+import on_device
 import record
 import tuning
 
@@ -72,6 +73,7 @@ STUDIES = {
     "convergence": convergence,
     "finetuning": finetuning,
     "frontier": frontier,
+    "on_device": on_device,
     "tuning": tuning,
 }
 
@@ -91,9 +93,9 @@ def write(folder: Path) -> None:
 def page(rows: str, results: dict[str, Any]) -> str:
     """A table, and where its figures were measured."""
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    return (
-        f"{rows}\n\n`{results['command']}`, {results['date']}; {results['machine']}; {versions}.\n"
-    )
+    of_rows = [row.get("machine", results["machine"]) for row in results["rows"]]
+    machines = " and ".join(dict.fromkeys(of_rows))
+    return f"{rows}\n\n`{results['command']}`, {results['date']}; {machines}; {versions}.\n"
 
 
 def table(rows: list[dict[str, Any]]) -> str:

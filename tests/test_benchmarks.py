@@ -114,20 +114,26 @@ def test_frontier_has_its_edge(tmp_path, monkeypatch):
         def __init__(self, config, name):
             self.seeds, self.name = config.seeds, name
 
-        def at(self, rate):
-            made.append((self.name, rate))
+        def at(self, rates):
+            made.append((self.name, *rates))
             held, loss = found[self.name]
-            at_rate = loss + 10 * abs(rate - 5e-3)
-            of_seed = lambda seed: {"validation_loss": at_rate + seed / 100}
             numbers = {"matrix_bytes": 1000 * held, "numbers": 1000}
-            return [of_seed(seed) | numbers for seed in range(self.seeds)]
+            at_rate = lambda rate, seed: loss + 10 * abs(rate - 5e-3) + seed / 100
+            return [
+                [{"validation_loss": at_rate(rate, seed)} | numbers for seed in range(self.seeds)]
+                for rate in rates
+            ]
 
     monkeypatch.setattr(frontier, "Runs", Runs)
     with contextlib.redirect_stdout(io.StringIO()) as out:
         frontier.main(["--only", "adamw", "sumo, rank d/4", "--rate", "5e-3", "--seeds", "2"])
         frontier.main(["--only", *found, "--seeds", "2"])
+        frontier.main(["--only", "lion", "--seeds", "2", "--sweep"])
         frontier.main(["--draw"])
-    assert len(made) == len(set(made)) == 5
+    assert len(made) == len(set(made))
+    assert [x for x in made if x[0] == "adamw"] == [("adamw", 5e-3), ("adamw", 3e-3)]
+    walked = [x[1:] for x in made if x[0] == "lion"]
+    assert walked[0] == (5e-4,) and len(walked[1]) == 3 and walked[-1][1] == 5e-3
     (sumo, lion, adamw) = frontier.summarize()
     assert [x["edge"] for x in (sumo, lion, adamw)] == ["yes", "", "yes"]
     assert (adamw["learning_rate"], adamw["loss"]) == (5e-3, pytest.approx(1.605))
@@ -155,10 +161,10 @@ def test_on_device_runs_a_step(tmp_path, monkeypatch, optimizer, update_alone):
     with contextlib.redirect_stdout(io.StringIO()) as out:
         for do in ("compile", "run"):
             on_device.main(["--one", do, "--cases", name, "--optimizers", optimizer, *cache])
-    foretold, figures = map(json.loads, out.getvalue().splitlines())
-    row = foretold | figures
+    predicted, figures = map(json.loads, out.getvalue().splitlines())
+    row = predicted | figures
     assert row["finite"] and 0 < row["ordinary_ms"] <= row["worst_ms"]
-    assert row["foretold_bytes"] > 4 * 2 * (4 * 16**2 + 3 * 16 * 24)
+    assert row["predicted_bytes"] > 4 * 2 * (4 * 16**2 + 3 * 16 * 24)
     other = row | {"case": name, "outcome": "ran", "step_ms": 2 * row["step_ms"]}
     adamw = row | {"case": name, "outcome": "ran", "optimizer": "adamw"}
     told = on_device.compared([adamw, other | {"optimizer": "sumo"}])

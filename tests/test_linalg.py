@@ -1,5 +1,7 @@
 """The polar factor and the orthonormal bases against float64."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -151,6 +153,16 @@ def test_polar_factor_differentiates(shape):
 def test_the_derivative_of_a_deficient_matrix_is_finite():
     X = np.stack([np.zeros((4, 9), np.float32), np.ones((4, 9), np.float32)])
     assert np.isfinite(jax.grad(lambda X: jnp.sum(sumo_optax.polar_factor(X) * X))(X)).all()
+
+
+@pytest.mark.parametrize("method", ["auto", "newton_schulz"])
+def test_only_exact_polar_factors_want_full_products(method):
+    """GPUs and TPUs make products of the default precision many times faster."""
+    with jax.default_matmul_precision("highest"):
+        of = functools.partial(sumo_optax.polar_factor, method=method)
+        program = str(jax.make_jaxpr(of)(jnp.ones((4, 8))))
+    assert program.count("dot_general") > 5
+    assert ("Precision.HIGHEST" in program) == (method == "auto")
 
 
 def test_newton_schulz_is_muons_five_steps():

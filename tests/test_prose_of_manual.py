@@ -137,22 +137,42 @@ def test_fine_tuning_is_told_as_recorded():
 
 
 def test_the_frontier_is_told_as_recorded():
-    rows = {row["entry"]: row for row in frontier.summarize()}
     words = " ".join((ROOT / "docs/which_optimizer.md").read_text().split())
-    whole = [rows[f"sumo, whole, rank {x}"] for x in ("d/64, int8", "d/4, int4")]
-    share = [100 * row["matrix_bytes"] / rows["adamw"]["matrix_bytes"] for row in whole]
-    assert f"in 8 bits its state is {share[0]:.1f} % of AdamW's" in words
-    assert f"in 4 bits it is {share[1]:.1f} %" in words
+    told = lambda form, *values: form.format(*values) in words
+    studies = frontier.studies(frontier.summarize())
+    english, python = ({x["entry"]: x for x in of} for of in studies.values())
+    for rows in (english, python):
+        whole = [rows[f"sumo, whole, rank {x}"] for x in ("d/64, int8", "d/16, int8")]
+        sumo, adamw = rows["sumo, rank d/4"], rows["adamw"]
+        assert max(row["loss"] for row in whole) < sumo["loss"] < adamw["loss"]
+        edge = [row["entry"] for row in rows.values() if row["edge"]]
+        assert all(name.startswith("sumo, whole") for name in edge if rows[name]["bytes"] < 0.5)
+        assert all(name.startswith("muon") for name in edge if rows[name]["bytes"] > 0.5)
+        assert sumo["learning_rate"] == adamw["learning_rate"] == 3e-3
+        for bits, most in ((8, 0.002), (4, 0.003)):
+            assert rows[f"sumo, rank d/4, int{bits}"]["loss"] - sumo["loss"] < most + 5e-4
+    assert "8 bits cost at most 0.002 nats and 4 bits at most 0.003" in words
+    assert "with that rate `sumo` is ahead of AdamW with every seed on both texts" in words
+    losses = {}
+    for (text, _, name, rate, _), row in frontier.RUNS.rows().items():
+        if rate == 3e-3:
+            losses.setdefault((text, name), []).append(row["validation_loss"])
+    for text in {text for text, _ in losses}:
+        of = zip(losses[text, "sumo, rank d/4"], losses[text, "adamw"], strict=True)
+        assert all(ours < theirs for ours, theirs in of)
+    gains = [x["adamw"]["loss"] - x["sumo, rank d/4"]["loss"] for x in (english, python)]
+    assert told("by {:.2f} nats on the English text and {:.2f} on the other", *gains)
+    held = lambda name: 100 * english[name]["bytes"] / english["adamw"]["bytes"]
+    assert told("in 8 bits its state is {:.1f} % of AdamW's", held("sumo, whole, rank d/64, int8"))
+    assert told("in 4 bits it is {:.1f} %", held("sumo, whole, rank d/4, int4"))
+    four, whole = english["muon, int4"], english["sumo, whole, rank d/4, int4"]
+    assert told("4 bits cost it {:.3f} nats", four["loss"] - english["muon"]["loss"])
     assert (
-        max(row["loss"] for row in whole) < rows["sumo, rank d/4"]["loss"] < rows["adamw"]["loss"]
+        0.5 < four["bytes"] < 0.6
+        and four["edge"]
+        and whole["loss"] < english["sumo, rank d/4"]["loss"]
     )
-    edge = [row["entry"] for row in rows.values() if row["edge"]]
-    below = [name for name in edge if rows[name]["bytes"] < 0.5]
-    assert all(name.startswith("sumo, whole") for name in below)
-    assert all(name.startswith("muon") for name in edge if name not in below)
-    assert "muon, int4" in edge and 0.5 < rows["muon, int4"]["bytes"] < 0.6
-    assert {row["seeds"] for row in rows.values()} == {1}
-    assert "one seed and few learning rates" in words
+    assert all(row["seeds"] == 3 for row in (*english.values(), *python.values()))
 
 
 def test_every_page_is_in_the_contents():
