@@ -33,6 +33,22 @@ def test_peaks_of_7b_are_the_recorded_ones():
     assert f"GiB, rank 1024 | {peaks['muon']} | {peaks['sumo']} |\n" in README
 
 
+def test_what_an_h100_took_is_told():
+    rows = json.loads((ROOT / "benchmarks/results/on_device.json").read_text())["rows"]
+    of = {row["optimizer"]: row for row in rows if row["case"] == "train_7b_h100"}
+    adamw, sumo = of["adamw"], of["sumo"]
+    gib = [f"{row['peak_bytes'] / 2**30:.1f}" for row in (adamw, sumo)]
+    words = " ".join(README.split())
+    assert f"AdamW and SUMO used {gib[0]} and {gib[1]} GiB" in words
+    seconds = [row["ordinary_ms"] / 1000 for row in (adamw, sumo)]
+    assert f"rank 1024 they take {seconds[1] - seconds[0]:.1f} s a step" in words
+    assert f"whole step of 2,048 tokens takes {seconds[0]:.1f} s" in words
+    page = " ".join((ROOT / "docs/accelerators.md").read_text().split())
+    assert f"takes {seconds[1]:.1f} s with SUMO and {seconds[0]:.1f} s with AdamW" in page
+    assert "compiler predicted, to 0.6 %" in page
+    assert all(1 < row["peak_bytes"] / row["predicted_bytes"] < 1.006 for row in (adamw, sumo))
+
+
 def test_bytes_sent_are_the_recorded_ones():
     rows = json.loads((ROOT / "benchmarks/results/collectives.json").read_text())["rows"]
     sent = {r["optimizer"]: r["step_bytes"] for r in rows if r["sharded"] == "rows"}
