@@ -34,10 +34,10 @@ COLUMNS = {
     "ms_at_1e+01": ("ms at 10", "{:.2f}"),
     "ms_at_1e+03": ("ms at 1e3", "{:.2f}"),
     "over_newton_schulz_at_1e+01": ("over Newton-Schulz at 10", "{:.2f}"),
-    "over_newton_schulz_at_1e+03": ("at 1e3", "{:.2f}"),
+    "over_newton_schulz_at_1e+03": ("over Newton-Schulz at 1e3", "{:.2f}"),
     "error_at_1e+01": ("error at 10", "{:.1e}"),
-    "error_at_1e+03": ("at 1e3", "{:.1e}"),
-    "error_at_1e+05": ("at 1e5", "{:.1e}"),
+    "error_at_1e+03": ("error at 1e3", "{:.1e}"),
+    "error_at_1e+05": ("error at 1e5", "{:.1e}"),
     "ordinary_ms": ("ordinary step, ms", "{:.0f}"),
     "fused_ms": ("value_and_update, ms", "{:.0f}"),
     "over_ordinary": ("over the ordinary step", "{:.2f}"),
@@ -90,16 +90,17 @@ def write(folder: Path) -> None:
 
 def page(rows: str, results: dict[str, Any]) -> str:
     """A table, and where its figures were measured."""
+    machine = results["machine"].replace("CPU, 1 cores", "CPU, 1 core")
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    return (
-        f"{rows}\n\n`{results['command']}`, {results['date']}; {results['machine']}; {versions}.\n"
-    )
+    return f"{rows}\n\n`{results['command']}`, {results['date']}; {machine}; {versions}.\n"
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     values = {key: value for row in rows for key, value in row.items()}
     keys = [k for k, x in values.items() if not isinstance(x, list | dict) and k not in LEFT_OUT]
     columns = {COLUMNS.get(k, (k.replace("_", " "), ""))[0]: f"{{{k}}}" for k in keys}
+    if len(columns) < len(keys):
+        raise ValueError(f"two of {keys} have the same title")
     return record.table([{k: text(k, row.get(k)) for k in keys} for row in rows], columns)
 
 

@@ -1,5 +1,6 @@
 """How `make docs` builds the manual."""
 
+import os
 import shutil
 import sys
 import tomllib
@@ -37,6 +38,8 @@ nb_execution_in_temp = True
 nb_execution_raise_on_error = True
 nb_execution_timeout = 900
 nb_merge_streams = True
+# A kernel that does not warn, at every start, that its messages are not encrypted.
+os.environ["JUPYTER_PATH"] = str(DOCS / "jupyter")
 
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 3
