@@ -111,4 +111,5 @@ def text(key: str, value: Any) -> str:
         return f"{value:.4g}"
     if key.endswith("_bytes") and isinstance(value, int):
         value /= 2**20
-    return COLUMNS.get(key, ("", "{}"))[1].format(value)
+    formatted = COLUMNS.get(key, ("", "{}"))[1].format(value)
+    return formatted.replace("e-", "e\N{NON-BREAKING HYPHEN}")
