@@ -72,8 +72,8 @@ class Report(NamedTuple):
         ]
         if any(leaf.role == "ambiguous" for leaf in self.leaves):
             lines += [
-                "ambiguous: path and shape do not tell the axes, so the fallback trains it.",
-                "           Name the axes of the matrix in weight_dimension_numbers.",
+                "ambiguous: path and shape do not tell which axes make a matrix, so the fallback",
+                "           trains the leaf. Name its axes in weight_dimension_numbers.",
             ]
         return "\n".join(lines)
 

@@ -196,7 +196,7 @@ def test_axes_that_are_no_dimension_numbers(numbers, error):
 
 def test_a_spec_for_some_leaves_says_which_go_to_the_fallback():
     tx = sumo_optax.sumo(1e-3, 2, weight_dimension_numbers={"down": Axes()})
-    with pytest.warns(UserWarning, match=r"says nothing of up/kernel \(8, 6\): the fallback"):
+    with pytest.warns(UserWarning, match=r"says nothing about up/kernel \(8, 6\): the fallback"):
         tx.init(PARAMS)
     tx = sumo_optax.sumo(1e-3, 2, weight_dimension_numbers={"down": Axes(), "up": None})
     assert jnp.shape(tx.init(PARAMS)[0].basis["down"]) == (6, 2)
@@ -249,7 +249,7 @@ def test_ambiguous_leaves_are_named_once_and_counted():
 
 def test_a_side_as_short_as_a_stack_is_named():
     params = {"query": {"kernel": jnp.ones((6, 32, 32))}}
-    with pytest.warns(UserWarning, match=r"query/kernel \(6, 32, 32\) have a side as short as"):
+    with pytest.warns(UserWarning, match=r"matrices of query/kernel \(6, 32, 32\) is so short"):
         sumo_optax.scale_by_sumo(2).init(params)
 
 
