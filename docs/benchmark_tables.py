@@ -35,10 +35,10 @@ COLUMNS = {
     "ms_at_1e+01": ("ms at 10", "{:.2f}"),
     "ms_at_1e+03": ("ms at 1e3", "{:.2f}"),
     "over_newton_schulz_at_1e+01": ("over Newton-Schulz at 10", "{:.2f}"),
-    "over_newton_schulz_at_1e+03": ("at 1e3", "{:.2f}"),
+    "over_newton_schulz_at_1e+03": ("over Newton-Schulz at 1e3", "{:.2f}"),
     "error_at_1e+01": ("error at 10", "{:.1e}"),
-    "error_at_1e+03": ("at 1e3", "{:.1e}"),
-    "error_at_1e+05": ("at 1e5", "{:.1e}"),
+    "error_at_1e+03": ("error at 1e3", "{:.1e}"),
+    "error_at_1e+05": ("error at 1e5", "{:.1e}"),
     "ordinary_ms": ("ordinary step, ms", "{:.0f}"),
     "fused_ms": ("value_and_update, ms", "{:.0f}"),
     "over_ordinary": ("over the ordinary step", "{:.2f}"),
@@ -94,7 +94,7 @@ def page(rows: str, results: dict[str, Any]) -> str:
     """A table, and where its figures were measured."""
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     of_rows = [row.get("machine", results["machine"]) for row in results["rows"]]
-    machines = " and ".join(dict.fromkeys(of_rows))
+    machines = " and ".join(dict.fromkeys(of_rows)).replace("CPU, 1 cores", "CPU, 1 core")
     return f"{rows}\n\n`{results['command']}`, {results['date']}; {machines}; {versions}.\n"
 
 
@@ -102,6 +102,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     values = {key: value for row in rows for key, value in row.items()}
     keys = [k for k, x in values.items() if not isinstance(x, list | dict) and k not in LEFT_OUT]
     columns = {COLUMNS.get(k, (k.replace("_", " "), ""))[0]: f"{{{k}}}" for k in keys}
+    if len(columns) < len(keys):
+        raise ValueError(f"two of {keys} have the same title")
     return record.table([{k: text(k, row.get(k)) for k in keys} for row in rows], columns)
 
 
@@ -112,4 +114,5 @@ def text(key: str, value: Any) -> str:
         return f"{value:.4g}"
     if key.endswith("_bytes") and isinstance(value, int):
         value /= 2**20
-    return COLUMNS.get(key, ("", "{}"))[1].format(value)
+    formatted = COLUMNS.get(key, ("", "{}"))[1].format(value)
+    return formatted.replace("e-", "e\N{NON-BREAKING HYPHEN}")

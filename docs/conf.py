@@ -1,5 +1,6 @@
 """How `make docs` builds the manual."""
 
+import os
 import shutil
 import sys
 import tomllib
@@ -14,6 +15,7 @@ import optax
 from sphinx.util.typing import stringify_annotation
 
 import sumo_optax
+from sumo_optax import presets
 from sumo_optax._plan import PRESETS, parse_mesh, plan
 
 project = "sumo_optax"
@@ -37,6 +39,8 @@ nb_execution_in_temp = True
 nb_execution_raise_on_error = True
 nb_execution_timeout = 900
 nb_merge_streams = True
+# A kernel that does not warn, at every start, that its messages are not encrypted.
+os.environ["JUPYTER_PATH"] = str(DOCS / "jupyter")
 
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 3
@@ -70,14 +74,24 @@ PLANS = {
 }
 
 
+def presets_table():
+    rows = ["| preset | arguments |", "| --- | --- |"]
+    for name, arguments in vars(presets).items():
+        if name.isupper():
+            listed = ", ".join(f"`{key}={value!r}`" for key, value in arguments.items())
+            rows.append(f"| {{data}}`~sumo_optax.presets.{name}` | {listed} |")
+    return "\n".join(rows)
+
+
 def write_generated(app):
-    """Tables of the benchmarks' records and of the planner, which pages include; the notebooks."""
+    """Tables of the benchmarks' records, of the planner and of the presets; the notebooks."""
     gallery = DOCS / "gallery"
     gallery.mkdir(exist_ok=True)
     for notebook in (DOCS.parent / "notebooks").glob("*.ipynb"):
         shutil.copy2(notebook, gallery)
     folder = DOCS / "_generated"
     benchmark_tables.write(folder)
+    (folder / "presets.md").write_text(presets_table())
     for name, (mesh, dtype) in PLANS.items():
         sizes = parse_mesh(mesh) if mesh else {}
         planned = plan("7b", PRESETS["7b"], rank=1024, mesh=sizes, dtype=dtype)

@@ -111,7 +111,7 @@ def loss_fn(params, tokens):
 
 
 def train(tx, steps, look=lambda step, state: None):
-    """Losses of all steps and that on windows kept apart; `look` sees every state."""
+    """Losses of all steps, and the loss on other windows; `look` sees every state."""
     params = init_params()
     state = jax.jit(tx.init)(params)
 
@@ -156,7 +156,7 @@ sumo = optax.chain(
 # %% [markdown]
 # ## The size of each state
 #
-# `describe` shows which leaves are matrices, before anything is made.
+# `describe` shows which leaves are matrices and how large the state is. It allocates nothing.
 
 # %%
 print(sumo_optax.describe(sumo, init_params()))
@@ -177,7 +177,7 @@ assert held["SUMO"] < held["AdamW"]
 curves, final = {}, {}
 for name, tx in {"AdamW": adamw, "SUMO": sumo}.items():
     curves[name], final[name] = train(tx, STEPS)
-    print(f"{name:6} loss on windows kept apart: {final[name]:.3f} nats per byte")
+    print(f"{name:6} loss on other windows: {final[name]:.3f} nats per byte")
 assert all(loss < 3 for loss in final.values()), "a model that knows byte frequencies has 3.2"
 
 # %%

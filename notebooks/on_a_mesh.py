@@ -34,7 +34,7 @@ if importlib.util.find_spec("sumo_optax") is None:  # on Colab, for example
 # %%
 import os
 
-# Before jax is imported: eight devices, made of this one CPU.
+# This simulates eight devices on one CPU, if it is set before jax is imported.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
@@ -76,7 +76,7 @@ jax.debug.visualize_array_sharding(params["dense"]["kernel"])
 # %%
 tx = sumo_optax.sumo(3e-3, rank=64)
 state_shardings = sumo_optax.state_shardings(tx, params, shardings)
-# Waited for: programs that wait for each other on simulated devices need a thread each.
+# Simulated devices share few threads, so let one program end before the next one starts.
 state = jax.block_until_ready(jax.jit(tx.init, out_shardings=state_shardings)(params))
 basis, moment = (getattr(state[0], name)["dense"]["kernel"] for name in ("basis", "moment"))
 print("basis", basis.shape, basis.sharding.spec)
@@ -96,7 +96,7 @@ assert basis.sharding.spec == P("tensor", "fsdp") and moment.sharding.spec == P(
 update = jax.jit(tx.update, out_shardings=(shardings, state_shardings))
 updates, _ = jax.block_until_ready(update(params, state, params))
 
-# By way of NumPy: moved straight to one device, the arrays' types would go on naming the mesh.
+# Through NumPy, because an array that moves straight to one device keeps the mesh in its type.
 alone = jax.device_put(jax.device_get(params), jax.devices()[0])
 alone_updates, _ = jax.jit(tx.update)(alone, tx.init(alone), alone)
 a, b = (np.asarray(x["dense"]["kernel"]) for x in (updates, alone_updates))

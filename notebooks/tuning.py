@@ -14,7 +14,7 @@
 # ---
 
 # %% [markdown]
-# # Rank and refresh interval
+# # Tuning the rank and the refresh interval
 #
 # This notebook trains the same small transformer at several ranks and with several ways to move the
 # basis. It plots the loss curves and the metrics of each run. It takes about two minutes on two
@@ -112,7 +112,7 @@ def loss_fn(params, tokens):
 
 
 def train(tx, steps, look=lambda step, state: None):
-    """Losses of all steps and that on windows kept apart; `look` sees every state."""
+    """Losses of all steps, and the loss on other windows; `look` sees every state."""
     params = init_params()
     state = jax.jit(tx.init)(params)
 
@@ -143,7 +143,7 @@ STEPS = 120
 
 
 def run(rank, **options):
-    """Loss on windows kept apart, the curve, and the subspace's metrics every ten steps."""
+    """Loss on other windows, the curve, and the subspace's metrics every ten steps."""
     sumo = sumo_optax.sumo(
         schedule(3e-3, STEPS),
         rank,

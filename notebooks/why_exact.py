@@ -113,7 +113,7 @@ def loss_fn(params, tokens):
 
 
 def train(tx, steps, look=lambda step, state: None):
-    """Losses of all steps and that on windows kept apart; `look` sees every state."""
+    """Losses of all steps, and the loss on other windows; `look` sees every state."""
     params = init_params()
     state = jax.jit(tx.init)(params)
 
@@ -163,7 +163,7 @@ def look(step, state):
 
 
 _, final = train(tx, STEPS, look)
-print(f"loss on windows kept apart: {final:.3f}")
+print(f"loss on other windows: {final:.3f}")
 
 
 def singular_values(moment):

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,14 +24,23 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _rank(text: str) -> int | float:
-    return float(text) if "." in text else int(text)
+    try:
+        return int(text) if text.lstrip("-").isdecimal() else float(text)
+    except ValueError:
+        allowed = "an integer, or a fraction such as 0.25"
+        raise argparse.ArgumentTypeError(f"must be {allowed}, got {text!r}") from None
 
 
 def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     """That of the program, and that of its command."""
-    parser = _Parser(prog="python -m sumo_optax", allow_abbrev=False)
+    parser = _Parser(
+        prog="python -m sumo_optax",
+        description="Tools for the optimizers of sumo_optax.",
+        epilog="`python -m sumo_optax plan --help` lists the options of a command.",
+        allow_abbrev=False,
+    )
     parser.add_argument("--version", action="version", version=f"sumo_optax {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="plan")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     command = commands.add_parser(
         "plan",
         help=PLAN,
@@ -45,8 +55,8 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
         "--config",
         type=Path,
         metavar="FILE",
-        help="config.json of a decoder on Hugging Face: Llama, Mistral, Mixtral, Qwen, Gemma, Phi,"
-        " GPT-2, GPT-NeoX, OPT and models like these",
+        help="config.json of a decoder on Hugging Face, or the folder that has it: Llama, Mistral,"
+        " Mixtral, Qwen, Gemma, Phi, GPT-2, GPT-NeoX, OPT and models like these",
     )
     training = command.add_argument_group("training")
     training.add_argument(
@@ -107,10 +117,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _check_options(argv, parser, command)
         print(_planned(parser.parse_args(argv)), flush=True)
-    except (ValueError, TypeError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
+    except BrokenPipeError:  # the reader, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        return _failed(f"{error.filename}: {error.strerror}")
+    except (ValueError, TypeError) as error:
+        return _failed(str(error))
     return 0
+
+
+def _failed(message: str) -> int:
+    print("error:", " ".join(message.split()), file=sys.stderr)
+    return 2
 
 
 def _planned(given: argparse.Namespace) -> str:

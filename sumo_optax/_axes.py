@@ -36,25 +36,26 @@ def advise(weight_dimension_numbers: WeightDimensionNumbers | None, params: PyTr
     if _is_default(weight_dimension_numbers):
         found = readings(params)
         doubts = [path for path, x in found.items() if x.is_ambiguous]
-        what = "path and shape do not tell which axes make a matrix"
+        doubt = "path and shape do not tell which axes of {} make a matrix"
         short = [path for path, x in found.items() if x.is_short]
     else:
         specs = _specs(weight_dimension_numbers, params)
         covered = lambda path: any(path[:depth] in specs for depth in range(len(path) + 1))
         doubts = [path for path, x in leaves.items() if jnp.ndim(x) > 1 and not covered(path)]
-        what = "weight_dimension_numbers says nothing"
+        doubt = "weight_dimension_numbers says nothing about {}"
         short = []
     if doubts and not any(resolve(weight_dimension_numbers, params)):
         raise ValueError(
-            f"no leaf is a matrix: {what} of {named(doubts)}. Pass weight_dimension_numbers with"
-            " optax.contrib.MuonDimensionNumbers or None for each leaf"
+            f"no leaf is a matrix: {doubt.format(named(doubts))}. Pass weight_dimension_numbers"
+            " with optax.contrib.MuonDimensionNumbers or None for each leaf"
         )
     warning = []
     if doubts:
-        warning.append(f"{what} of {named(doubts)}: the fallback trains them.")
+        warning.append(f"{doubt.format(named(doubts))}: the fallback trains them.")
     if short:
         warning.append(
-            f"The matrices of {named(short)} have a side as short as a stack of layers may be."
+            f"One side of the matrices of {named(short)} is so short that it may be a stack of"
+            " layers."
         )
     if warning:
         message = [

@@ -1,5 +1,6 @@
 """What an argument may be. Errors say what was given and what is allowed."""
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -10,8 +11,8 @@ import jax.numpy as jnp
 from sumo_optax._paths import PyTree, named_leaves, path_string
 
 
-def integer(name: str, value: Any, *, least: int) -> int:
-    allowed = f"{name} must be an integer of at least {least}"
+def integer(name: str, value: Any, *, least: int | None = None) -> int:
+    allowed = f"{name} must be an integer" + ("" if least is None else f" of at least {least}")
     if isinstance(value, jax.Array):
         raise TypeError(
             f"{allowed}, known when the optimizer is made, got an array;"
@@ -23,7 +24,7 @@ def integer(name: str, value: Any, *, least: int) -> int:
         raise TypeError(f"{allowed}, got {value!r}") from None
     if isinstance(value, bool):
         raise TypeError(f"{allowed}, got {value!r}")
-    if number < least:
+    if least is not None and number < least:
         raise ValueError(f"{allowed}, got {value}")
     return number
 
@@ -38,18 +39,23 @@ def number(
     most: float | None = None,
     optional: bool = False,
 ) -> None:
-    """Checks what is known now: a traced value, or an array, is the caller's business."""
+    """Checks what is known now: a traced value, or an array, is the caller's business.
+
+    Without bounds the number must be finite.
+    """
     if isinstance(value, jax.Array) or (optional and value is None):
         return
     bounds = [(">=", least), (">", above), ("<", below), ("<=", most)]
     wanted = " and ".join(f"{sign} {bound}" for sign, bound in bounds if bound is not None)
-    allowed = f"{name} must be a number {wanted}" + (", or None" if optional else "")
+    wanted = f"number {wanted}" if wanted else "finite number"
+    allowed = f"{name} must be a {wanted}" + (", or None" if optional else "")
     try:
-        x = float(value)
+        x = float("no number" if isinstance(value, str | bytes) else value)
     except (TypeError, ValueError):
         raise TypeError(f"{allowed}, got {value!r}") from None
     inside = (
-        (least is None or x >= least)
+        (math.isfinite(x) or any(bound is not None for _, bound in bounds))
+        and (least is None or x >= least)
         and (above is None or x > above)
         and (below is None or x < below)
         and (most is None or x <= most)

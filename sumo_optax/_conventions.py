@@ -58,8 +58,8 @@ class Reading(NamedTuple):
 def flax_dimension_numbers(params: PyTree) -> PyTree:
     """Finds the matrices of a tree from metadata, shapes and paths.
 
-    Embeddings, output heads, norms, biases and other vectors are not matrices. For the other leaves
-    these sources tell the axes, in this order:
+    Embeddings, output heads, norms, biases and other vectors are not matrices. For any other leaf
+    the first of these sources that knows its axes decides:
 
     1. the names that variables give their axes: NNX's ``out_sharding`` and ``sharding_names``,
        Linen's ``Partitioned``, Haliax's axes. An axis of layers or experts is a batch axis;
@@ -71,7 +71,7 @@ def flax_dimension_numbers(params: PyTree) -> PyTree:
        ``query|key|value`` are (d, heads, head_dim) and ``out`` is (heads, head_dim, d); Gemma's
        einsum layers follow their equations; experts have one more batch axis.
 
-    A leaf of which these sources do not tell the axes is ambiguous: it is not a matrix, and the
+    If no source knows the axes of a leaf, the leaf is ambiguous: it is not a matrix, and the
     fallback trains it. ``init`` warns about such leaves, and ``describe`` gives the reason for each
     leaf.
 

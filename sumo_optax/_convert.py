@@ -322,8 +322,8 @@ def _rest(
         x = adams.get(path, (None, None))[i]
         if x is None or x.shape != y.shape:
             raise ValueError(
-                f"tx has Adam for {path_string(path)}, of which state holds no Adam's"
-                f" moments of shape {y.shape}"
+                f"tx has Adam for {path_string(path)}, but state has no moments of Adam"
+                f" of shape {y.shape} for it"
             )
         return x.astype(y.dtype)
 

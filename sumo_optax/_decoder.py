@@ -166,7 +166,12 @@ NOT_KNOWN = {
 
 
 def read_config(path: Path) -> tuple[Model, str]:
-    """The shape in a decoder's config.json, and a remark on how it was read, or ""."""
+    """The shape in a decoder's config.json, and a remark on how it was read, or "".
+
+    `path` is the file or its folder.
+    """
+    if path.is_dir():
+        path = path / "config.json"
     try:
         config = json.loads(path.read_text())
     except ValueError as error:
@@ -190,17 +195,21 @@ def _of_config(config: Mapping[str, Any]) -> tuple[Model, str]:
     if family is None:
         if not any(x.endswith("ForCausalLM") for x in config.get("architectures") or ()):
             raise ValueError(
-                f"model_type {kind!r} is not known, and `architectures` names no ...ForCausalLM;"
-                f" decoders are read, such as {', '.join(FAMILIES)}"
+                f"not a decoder that can be read: model_type is {kind!r}, and no name in"
+                f" architectures ends in ForCausalLM; known are {', '.join(FAMILIES)}"
             )
-        family, remark = LLAMA, f"The model_type {kind!r} is not known: it is read as a LLaMA."
+        family = LLAMA
+        remark = f"The model_type {kind!r} is not known. The model is read as a LLaMA."
     return _model(config, family), remark
 
 
 def _model(config: Mapping[str, Any], family: Family) -> Model:
     for name, value in NOT_KNOWN.items():
         if config.get(name, value) not in (value, None):
-            raise ValueError(f"{name} must be {value!r}, got {config[name]!r}")
+            raise ValueError(
+                f"{name} is {json.dumps(config[name])}, but only models with"
+                f" {json.dumps(value)} can be read"
+            )
     given = {**family.left_out, **{k: v for k, v in config.items() if v is not None}}
 
     def size(name: str, default: int | None = None) -> int:

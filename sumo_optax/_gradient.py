@@ -170,7 +170,11 @@ class WholeGradients(Gradients):
 )
 @dataclasses.dataclass(frozen=True)
 class ProjectedGradient:
-    """What an optimizer reads of a gradient G, m x n, where that is known before G is."""
+    r"""Projections of an m x n gradient G, from :func:`subspace_value_and_grad`.
+
+    `left` is :math:`Q^\top G` and `right` is :math:`G V`. A projection that the optimizer does
+    not read is None. `shape` is the shape of the parameter.
+    """
 
     left: Any  # QᵀG, shape (*batch, r, n), or None
     right: Any  # GV, shape (*batch, m, r), or None

@@ -260,5 +260,5 @@ def cast(tree: PyTree, dtype: Any) -> PyTree:
 
 def or_zero(good: jax.Array, x: jax.Array) -> jax.Array:
     # A zero like any other may become an array of them that many share, held all through the step.
-    zero = jax.lax.optimization_barrier(jnp.zeros([], x.dtype))
+    zero = jax.lax.optimization_barrier(jnp.zeros([], jnp.result_type(x)))
     return jnp.where(good, x, zero)

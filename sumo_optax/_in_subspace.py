@@ -99,7 +99,7 @@ def scale_in_subspace(
         exact for uncorrelated coordinates and never negative. Without transport both stay
         unchanged, as in GaLore. ``basis="online_pca"`` excludes `transport`, `stagger` and
         `refresh_every`.
-      scale: a > 0, GaLore's scale factor.
+      scale: the factor a > 0 of the update, as in GaLore.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with state :class:`SubspaceState`.

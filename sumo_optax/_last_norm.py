@@ -10,6 +10,8 @@ from sumo_optax import _check
 
 
 class LastNormState(NamedTuple):
+    """State of `clip_by_last_norm`."""
+
     squared: jax.Array  # float32 scalar: ||g||² of the last gradients
 
 

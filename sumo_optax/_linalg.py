@@ -127,6 +127,7 @@ def polar_factor(x: jax.Array, *, method: PolarMethod = "auto") -> jax.Array:
 
     Raises:
       ValueError: x has fewer than two axes, or the method is unknown.
+      TypeError: x is not real floating point.
 
     Examples:
       >>> import jax.numpy as jnp, sumo_optax
@@ -142,6 +143,8 @@ def polar_factor(x: jax.Array, *, method: PolarMethod = "auto") -> jax.Array:
     check_polar_method(method)
     if x.ndim < 2:
         raise ValueError(f"polar_factor needs an array of shape (..., m, n), got shape {x.shape}")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"polar_factor needs real floating-point numbers, got {x.dtype}")
     if x.size == 0:
         return x
     wide = x.shape[-2] <= x.shape[-1]

@@ -65,6 +65,8 @@ def matrix_transformation(
     rule, dtype = _with_state(rule, state_dtype, metrics)
     others = optax.scale_by_adam() if fallback is None else fallback
     _check.transformation("fallback", others, or_else="None")
+    if not isinstance(seed, jax.Array):
+        _check.integer("seed", seed)
     others = optax.with_extra_args_support(others)
 
     def views_of(tree):
@@ -149,7 +151,7 @@ def _initial_fields(
             states.append(None)
             words.append(None)
             continue
-        _check_real(path, leaf)
+        _check_real_floating(path, leaf)
         dtype = wide(leaf.dtype)
         key_of_leaf = jax.random.fold_in(jax.random.fold_in(key, hash_of(path)), 0)
         one = rule.init(view.m, view.n, view.r, dtype, key_of_leaf)
@@ -260,12 +262,17 @@ def _check_projected(path: Path, G: Any, view: View | None, params: PyTree) -> N
         raise ValueError(f"{where} so `update` needs the parameters")
 
 
-def _check_real(path: Path, leaf: Any) -> None:
+def _check_real_floating(path: Path, leaf: Any) -> None:
     if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
         raise TypeError(
             f"the matrix {path_string(path)} must be real, got {leaf.dtype}: wrap the optimizer in"
             " optax.contrib.split_real_and_imaginary, or give the leaf to the fallback by"
             " weight_dimension_numbers"
+        )
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise TypeError(
+            f"the matrix {path_string(path)} must be floating-point, got {leaf.dtype}:"
+            " optax.masked and optax.partition leave parameters out"
         )
 
 

@@ -24,7 +24,11 @@ _SUMMARY = {
 
 
 class SubspaceMetrics(NamedTuple):
-    """What `subspace_metrics` returns: plain dictionaries of arrays, by the metrics' names."""
+    """Result of `subspace_metrics`.
+
+    `summary` has a scalar for each metric. `leaves` has a dictionary of metrics for the path of
+    each matrix.
+    """
 
     summary: dict[str, jax.Array]  # over all matrices, shape ()
     leaves: dict[str, dict[str, jax.Array]]  # by the leaf's path, shape (*batch,)
@@ -62,8 +66,8 @@ def subspace_metrics(state: PyTree) -> SubspaceMetrics:
       state: the state of an optimizer of this library, alone or inside optax's combinators.
 
     Returns:
-      A :class:`SubspaceMetrics`: ``summary`` with a scalar for each metric, ``leaves`` with a
-      dictionary of arrays of shape (\*batch,) for each matrix's path. The moment of
+      The :class:`SubspaceMetrics`. Its ``summary`` has a scalar for each metric, and its ``leaves``
+      have a dictionary of arrays of shape (\*batch,) for the path of each matrix. The moment of
       :func:`scale_in_subspace` is ``mu`` or ``trace`` of its inner state. Without these there is no
       condition number and no effective rank.
 

@@ -68,9 +68,9 @@ def scale_by_online_subspace_descent(
         ``optax.scale_by_adam()``. It receives P as its parameters. ``optax.identity()`` is gradient
         descent and holds nothing.
       basis_learning_rate: :math:`\eta_P` >= 0, or a schedule of it.
-      orthogonality_penalty: :math:`\rho` >= 0. The paper has 0.1, the code of its authors 0.
+      orthogonality_penalty: :math:`\rho` >= 0. The paper uses 0.1, and the authors' code 0.
       side: the projected side of the matrix, ``"short"`` or ``"long"``.
-      scale: a > 0.
+      scale: the factor a > 0 of the update.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with state :class:`SubspaceState`.

@@ -87,12 +87,14 @@ class Plan(NamedTuple):
         devices, held = math.prod(self.mesh.values()), self.rows[0]
         mesh = ",".join(f"{name}={size}" for name, size in self.mesh.items())
         where = f"Each of {devices} devices ({mesh})" if devices > 1 else "One device"
+        whole = isinstance(self.rank, int)
+        rank = f"rank {self.rank}" if whole else f"a rank of {self.rank} of each short side"
         return "\n".join(
             (
                 _wrapped(f"{self.model}: {self.parameters:,} parameters in {self.dtype}"),
                 _wrapped(
                     f"{where} holds {in_words(held.parameters)} of parameters and"
-                    f" {in_words(held.gradients)} of gradients. At rank {self.rank}:"
+                    f" {in_words(held.gradients)} of gradients. At {rank}:"
                 ),
             )
         )

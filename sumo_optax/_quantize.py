@@ -102,6 +102,7 @@ def quantize_state(
 
     Raises:
       ValueError: `bits` is neither 8 nor 4.
+      TypeError: `tx` is not a transformation.
 
     Examples:
       >>> import jax.numpy as jnp, optax, sumo_optax
@@ -117,6 +118,7 @@ def quantize_state(
       Efficient Optimizers with 4-bit States*, `arXiv 2309.01507
       <https://arxiv.org/abs/2309.01507>`_.
     """
+    _check.transformation("tx", tx)
     _check.choice("bits", bits, (8, 4))
     tx = optax.with_extra_args_support(tx)
 
@@ -268,6 +270,6 @@ def _refuse_others(state: PyTree) -> None:
     is_other = lambda x: isinstance(x, _OTHERS)
     for x in filter(is_other, jax.tree.leaves(state, is_leaf=is_other)):
         raise ValueError(
-            f"quantize_state needs optax's names for means and squares, got {type(x).__name__},"
-            " which has others"
+            f"quantize_state needs optax's names for means and squares, but the fields of"
+            f" {type(x).__name__} have other names"
         )

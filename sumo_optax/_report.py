@@ -65,19 +65,23 @@ class Report(NamedTuple):
         rows = [header, *_grouped(self.leaves)]
         matrices = sum(math.prod(leaf.batch) for leaf in self.leaves if leaf.role == "matrix")
         parameters = sum(math.prod(leaf.shape) for leaf in self.leaves)
-        ratio = self.state_bytes / max(self.adamw_bytes, 1)
         lines = [
             table(rows),
             f"{parameters:,} parameters, {matrices} {'matrix' if matrices == 1 else 'matrices'}",
-            f"optimizer state {in_words(self.state_bytes)},"
-            f" {ratio:.0%} of AdamW's {in_words(self.adamw_bytes)}",
+            f"optimizer state {in_words(self.state_bytes)}{self._of_adamw()}",
         ]
         if any(leaf.role == "ambiguous" for leaf in self.leaves):
             lines += [
-                "ambiguous: path and shape do not tell the axes, so the fallback trains it.",
-                "           Name the axes of the matrix in weight_dimension_numbers.",
+                "ambiguous: path and shape do not tell which axes make a matrix, so the fallback",
+                "           trains the leaf. Name its axes in weight_dimension_numbers.",
             ]
         return "\n".join(lines)
+
+    def _of_adamw(self) -> str:
+        if not self.adamw_bytes:
+            return ""
+        ratio = self.state_bytes / self.adamw_bytes
+        return f", {ratio:.0%} of AdamW's {in_words(self.adamw_bytes)}"
 
 
 def describe(tx_or_rank: optax.GradientTransformation | Rank, params: PyTree) -> Report:

@@ -29,6 +29,9 @@ def with_adamw(
     _check.scheduled("adam_learning_rate", adam_learning_rate, optional=True)
     _check.scheduled("weight_decay", weight_decay, least=0)
     _check.scheduled("adam_weight_decay", adam_weight_decay, least=0)
+    _check.number("adam_b1", adam_b1, least=0, below=1)
+    _check.number("adam_b2", adam_b2, least=0, below=1)
+    _check.number("adam_eps", adam_eps, least=0)
     part = lambda rate, decay: optax.chain(
         optax.add_decayed_weights(decay, weight_decay_mask), optax.scale_by_learning_rate(rate)
     )

@@ -365,7 +365,7 @@ REFUSED = {
     ),
     "new bias": (
         lambda s: (s, sumo(2), PARAMS | {"new": {"bias": jnp.zeros(6)}}),
-        "Adam for new/bias, of which state holds no Adam's moments of shape",
+        "Adam for new/bias, but state has no moments of Adam of shape",
     ),
     "spec": (
         lambda s: (

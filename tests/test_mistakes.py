@@ -99,6 +99,38 @@ def test_learning_rate_is_a_number_or_a_schedule(make, rate):
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS)
+@pytest.mark.parametrize("name", ["learning_rate", "adam_learning_rate"])
+@pytest.mark.parametrize("rate", [float("nan"), float("inf")])
+def test_learning_rate_is_finite(make, name, rate):
+    with pytest.raises(ValueError, match=f"^{name} must be a finite number, got {rate}"):
+        make(**{"learning_rate": 1e-3, name: rate})
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS)
+@pytest.mark.parametrize("name", ["learning_rate", "weight_decay", "adam_b1", "adam_eps"])
+def test_a_word_is_no_number(make, name):
+    with pytest.raises(TypeError, match=f"^{name} must be .*, got '1e-3'"):
+        make(**{"learning_rate": 1e-3, name: "1e-3"})
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [("adam_b1", 1.0, ">= 0 and < 1"), ("adam_b2", 2.0, ">= 0 and < 1"), ("adam_eps", -1, ">= 0")],
+)
+def test_arguments_of_adam(make, name, value, allowed):
+    with pytest.raises(ValueError, match=f"^{name} must be a number {allowed}, got {value}"):
+        make(1e-3, **{name: value})
+
+
+@every_transformation
+@pytest.mark.parametrize("seed", ["0", 0.5])
+def test_seed_is_an_integer(make, seed):
+    with pytest.raises(TypeError, match=f"^seed must be an integer, got {seed!r}"):
+        make(seed=seed)
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS)
 @pytest.mark.parametrize("name", ["weight_decay", "adam_weight_decay"])
 def test_decay_is_not_negative(make, name):
     with pytest.raises(ValueError, match=rf"^{name} must be a number >= 0, got -0.1"):
@@ -114,6 +146,8 @@ def test_decay_is_not_negative(make, name):
         (lambda: sumo_optax.state_bytes(PARAMS, sumo_optax.sumo(1e-3)), "tx must be an optax"),
         (lambda: sumo_optax.scale_by_sumo(4, fallback=1e-3), "fallback must be an optax"),
         (lambda: sumo_optax.value_and_update(sumo_optax.sumo(1e-3), sum), "tx must be an optax"),
+        (lambda: sumo_optax.quantize_state(4, 4), "tx must be an optax"),
+        (lambda: sumo_optax.polar_factor(jnp.eye(2, dtype=int)), "floating-point .* got int32"),
         (lambda: sumo_optax.convert_state(sumo_optax.sumo(1e-3), (), PARAMS), "tx must be an opt"),
         (
             lambda: sumo_optax.describe(4, sumo_optax.sumo(1e-3, 4).init(PARAMS)),
@@ -162,7 +196,7 @@ def test_axes_that_are_no_dimension_numbers(numbers, error):
 
 def test_a_spec_for_some_leaves_says_which_go_to_the_fallback():
     tx = sumo_optax.sumo(1e-3, 2, weight_dimension_numbers={"down": Axes()})
-    with pytest.warns(UserWarning, match=r"says nothing of up/kernel \(8, 6\): the fallback"):
+    with pytest.warns(UserWarning, match=r"says nothing about up/kernel \(8, 6\): the fallback"):
         tx.init(PARAMS)
     tx = sumo_optax.sumo(1e-3, 2, weight_dimension_numbers={"down": Axes(), "up": None})
     assert jnp.shape(tx.init(PARAMS)[0].basis["down"]) == (6, 2)
@@ -215,7 +249,7 @@ def test_ambiguous_leaves_are_named_once_and_counted():
 
 def test_a_side_as_short_as_a_stack_is_named():
     params = {"query": {"kernel": jnp.ones((6, 32, 32))}}
-    with pytest.warns(UserWarning, match=r"query/kernel \(6, 32, 32\) have a side as short as"):
+    with pytest.warns(UserWarning, match=r"matrices of query/kernel \(6, 32, 32\) is so short"):
         sumo_optax.scale_by_sumo(2).init(params)
 
 

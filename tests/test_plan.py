@@ -236,7 +236,7 @@ def test_an_unknown_decoder_is_read_as_a_llama_and_said_so(tmp_path, capsys):
     assert program.main(["plan", "--config", str(path), "--rank", "16"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "1,100,048,384 parameters" in printed
-    assert "The model_type 'new' is not known: it is read as a LLaMA." in printed
+    assert "The model_type 'new' is not known. The model is read as a LLaMA." in printed
 
 
 def test_biases_that_a_file_says_are_counted():
@@ -310,13 +310,15 @@ def test_the_default_rank_is_a_quarter_of_the_short_side(capsys):
         (["plan", "--preset", "7b", "--state-dtype", "int3"], "invalid choice: 'int3'"),
         (["plan", "--preset", "7b", "--mesh", "fsdp=0"], "got 'fsdp=0'"),
         (["plan", "--preset", "7b", "--mesh", "fsdp=2,fsdp=4"], "got 'fsdp=2,fsdp=4'"),
-        (["plan", "--config", "{tmp}/none.json"], "No such file"),
+        (["plan", "--preset", "7b", "--rank", "half"], "a fraction such as 0.25, got 'half'"),
+        (["plan", "--config", "{tmp}/none.json"], "{tmp}/none.json: No such file or directory"),
+        (["plan", "--config", "{tmp}"], "{tmp}/config.json: No such file or directory"),
         (["plan", "--config", "{tmp}/broken.json"], "broken.json is not JSON"),
         (["plan", "--config", "{tmp}/list.json"], "list.json holds no JSON object"),
-        (["plan", "--config", "{tmp}/bert.json"], "model_type 'bert' is not known"),
+        (["plan", "--config", "{tmp}/bert.json"], "model_type is 'bert'"),
         (["plan", "--config", "{tmp}/short.json"], "hidden_size must be an integer of at least 1"),
         (["plan", "--config", "{tmp}/experts.json"], "must be one of mixtral, qwen2_moe, qwen3"),
-        (["plan", "--config", "{tmp}/latent.json"], "kv_lora_rank must be None, got 512"),
+        (["plan", "--config", "{tmp}/latent.json"], "kv_lora_rank is 512, but only models"),
         (["plan", "--config", "{tmp}/small_opt.json"], "word_embed_proj_dim must be hidden_size"),
     ],
 )
@@ -335,7 +337,26 @@ def test_refuses_with_one_line(arguments, message, tmp_path, capsys):
         (tmp_path / f"{name}.json").write_text(content)
     assert program.main([x.replace("{tmp}", str(tmp_path)) for x in arguments]) == 2
     out, err = capsys.readouterr()
+    message = message.replace("{tmp}", str(tmp_path))
     assert not out and err.startswith("error: ") and message in err and err.count("\n") == 1
+
+
+def test_reads_a_folder_as_its_config(tmp_path, capsys):
+    config = tmp_path / "config.json"
+    config.write_text((CONFIGS / "gpt2.json").read_text())
+    rows = []
+    for path in (tmp_path, config):
+        assert program.main(["plan", "--json", "--config", str(path)]) == 0
+        rows.append(json.loads(capsys.readouterr().out)["rows"])
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.slow
+def test_a_reader_that_leaves_is_no_error():
+    command = [sys.executable, "-u", "-m", "sumo_optax", "plan", "--preset", "7b"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == (b"", 0)
 
 
 def test_alone_it_prints_help_and_says_its_version(capsys):

@@ -126,3 +126,7 @@ def test_ambiguous_leaves_are_named():
     }
     assert "ambiguous: path and shape do not tell" in str(report)
     assert "ambiguous" not in str(sumo_optax.describe(2, {"dense": params["dense"]}))
+
+
+def test_a_tree_without_parameters_has_no_share_of_adamws():
+    assert str(sumo_optax.describe(4, {})).endswith("\noptimizer state 12 B")

@@ -30,6 +30,21 @@ def test_complex_matrices_are_refused(make):
 
 
 @pytest.mark.slow
+@every_transformation
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.bool_])
+def test_matrices_of_integers_are_refused(make, dtype):
+    params = {"up": {"kernel": jnp.ones((8, 6), dtype)}}
+    name = jnp.dtype(dtype).name
+    with pytest.raises(TypeError, match=f"up/kernel must be floating-point, got {name}.*masked"):
+        make().init(params)
+
+
+def test_numbers_of_python_are_scalars():
+    tx = sumo_optax.sumo(1e-3)
+    updates, _ = tx.update({"gain": 0.5}, tx.init({"gain": 1.0}), {"gain": 1.0})
+    np.testing.assert_allclose(updates["gain"], -1e-3, rtol=1e-5)
+
+
 def test_complex_matrices_train_as_real_and_imaginary_ones():
     target = jax.random.normal(jax.random.key(0), (8, 6), jnp.complex64)
     params = {"w": jnp.zeros((8, 6), jnp.complex64)}
