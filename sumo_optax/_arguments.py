@@ -1,4 +1,4 @@
-"""Docstrings that list every argument, with one text for what optimizers have in common."""
+"""Docstrings that say everything, with one text for what optimizers have in common."""
 
 import inspect
 import re
@@ -7,7 +7,15 @@ from typing import Any, TypeVar
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-_SHARED = """
+_OF_COMPLETE = r"""
+
+.. math:: W \leftarrow W - \eta \, (D + \lambda W)
+
+Here :math:`\eta` is the learning rate and :math:`\lambda` the weight decay. The other symbols are
+those of :func:`{}`."""
+
+_ARGS = """
+  learning_rate: a number or an optax schedule.
   rank: r. An integer of at least 1 is the rank of every matrix. A float in (0, 1] is a fraction
     of each matrix's short side, rounded up to a multiple of 8. A function takes a leaf's path,
     such as ``"dense/kernel"``, and its shape, and returns either. The short side limits r.
@@ -36,34 +44,48 @@ _SHARED = """
 """
 
 
-def documented(*others: Callable[..., Any]) -> Callable[[Function], Function]:
-    """Adds to a docstring the arguments that it does not list, in the order of the signature.
+_RETURNS = """Returns:
+  An ``optax.GradientTransformationExtraArgs``. Its ``update`` needs the parameters."""
 
-    Their texts are those of the `others`' docstrings, or else the shared ones.
+_RAISES = """Raises:
+  ValueError, TypeError: an argument is outside the ranges above. At init: a spec does not fit its
+    leaf, a matrix is complex, or some leaf is ambiguous and no leaf is a matrix. At update: the
+    gradients do not fit the state."""
+
+
+def documented(scale_by: Callable[..., Any] | None = None) -> Callable[[Function], Function]:
+    """Adds to a docstring what it leaves out: arguments, what is returned, errors.
+
+    Arguments come in the order of the signature, with the text of the docstring, or that of
+    `scale_by`, or the shared one. With `scale_by` the function makes a complete optimizer of that.
     """
 
     def decorate(function: Function) -> Function:
         if function.__doc__:  # `python -OO` leaves none
-            before, own, after = _sections(function.__doc__)
-            texts = _entries(_SHARED)
-            for other in others:
-                texts |= _entries(_sections(other.__doc__ or "")[1])
-            texts |= _entries(own)
+            own, texts = _sections(function), _entries(_ARGS)
+            intro = own[""]
+            if scale_by is not None:
+                texts |= _entries(_sections(scale_by)["Args"])
+                summary, *more = intro.partition("\n\n")
+                intro = summary + _OF_COMPLETE.format(scale_by.__name__) + "".join(more)
+            texts |= _entries(own.get("Args", ""))
             listed = dict.fromkeys(texts[name] for name in inspect.signature(function).parameters)
-            function.__doc__ = before + "".join(listed) + after
+            args = "Args:\n" + "".join(listed).rstrip()
+            parts = (intro, args, own.get("Returns", _RETURNS), _RAISES)
+            ends = (own[title] for title in ("Examples", "References"))
+            function.__doc__ = "\n\n".join((*parts, *ends))
         return function
 
     return decorate
 
 
-def _sections(doc: str) -> tuple[str, str, str]:
-    """What comes before the list of arguments, the list, and what comes after."""
-    before, title, rest = inspect.cleandoc(doc).partition("\nArgs:\n")
-    listed, blank, after = rest.partition("\n\n")
-    return before + title, f"{listed}\n", blank[1:] + after
+def _sections(function: Callable[..., Any]) -> dict[str, str]:
+    """The parts of a docstring by their titles; what comes first has none."""
+    parts = re.split(r"\n\n(?=[A-Z]\w+:\n)", inspect.getdoc(function) or "")
+    return {"": parts[0]} | {part.partition(":")[0]: part for part in parts[1:]}
 
 
 def _entries(listed: str) -> dict[str, str]:
     """The text of each argument; several may share one."""
-    entries = re.split(r"(?m)^(?=  \w)", listed)[1:]
+    entries = re.split(r"(?m)^(?=  \w)", f"{listed}\n")[1:]
     return {name: entry for entry in entries for name in entry.split(":")[0].strip().split(", ")}

@@ -104,10 +104,6 @@ def scale_in_subspace(
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with state :class:`SubspaceState`.
 
-    Raises:
-      ValueError, TypeError: an argument is outside the ranges above, or, at init, a spec does not
-        fit its leaf.
-
     Examples:
       >>> import jax.numpy as jnp, optax, sumo_optax
       >>> galore = optax.chain(

@@ -96,10 +96,6 @@ def scale_by_mofasgd(
       ``optax.inject_hyperparams``, `momentum`, `inverse_limit`, `consistent_rms` and `seed` may
       change from step to step; the other arguments are static.
 
-    Raises:
-      ValueError, TypeError: an argument is outside the ranges above, or, at init, a spec does not
-        fit its leaf.
-
     Examples:
       >>> import jax.numpy as jnp, optax, sumo_optax
       >>> tx = optax.chain(
@@ -242,20 +238,6 @@ def mofasgd(
     seed: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""A complete optimizer: MoFaSGD for matrices and AdamW for all other leaves.
-
-    .. math:: W \leftarrow W - \eta \, (D + \lambda W)
-
-    Here :math:`\eta` is the learning rate and :math:`\lambda` the weight decay. The other
-    symbols are those of :func:`scale_by_mofasgd`.
-
-    Args:
-      learning_rate: a number or an optax schedule.
-
-    Returns:
-      An ``optax.GradientTransformationExtraArgs``. Its ``update`` needs the parameters.
-
-    Raises:
-      ValueError, TypeError: see :func:`scale_by_mofasgd`.
 
     Examples:
       >>> import jax.numpy as jnp, optax, sumo_optax

@@ -75,10 +75,6 @@ def scale_by_online_subspace_descent(
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with state :class:`SubspaceState`.
 
-    Raises:
-      ValueError, TypeError: an argument is outside the ranges above, or, at init, a spec does not
-        fit its leaf.
-
     Examples:
       >>> import jax.numpy as jnp, optax, sumo_optax
       >>> tx = optax.chain(
@@ -136,22 +132,10 @@ def online_subspace_descent(
 ) -> optax.GradientTransformationExtraArgs:
     r"""A complete optimizer: Online Subspace Descent for matrices, AdamW for all other leaves.
 
-    .. math:: W \leftarrow W - \eta \, (D + \lambda W)
-
-    Here :math:`\eta` is the learning rate and :math:`\lambda` the weight decay. The other
-    symbols are those of :func:`scale_by_online_subspace_descent`.
-
     Args:
-      learning_rate: a number or an optax schedule.
       basis_learning_rate: a schedule, or a number >= 0. If `learning_rate` is a schedule, the
         number is the rate at the peak of this schedule and follows its shape; the peak must come
         before step 10 million. None means five times `learning_rate`.
-
-    Returns:
-      An ``optax.GradientTransformationExtraArgs``. Its ``update`` needs the parameters.
-
-    Raises:
-      ValueError, TypeError: see :func:`scale_by_online_subspace_descent`.
 
     Examples:
       >>> import jax.numpy as jnp, optax, sumo_optax

@@ -132,11 +132,6 @@ def scale_by_sumo(
       ``optax.inject_hyperparams``, `momentum`, `norm_growth_limit`, `consistent_rms` and `seed` may
       change from step to step; the other arguments are static.
 
-    Raises:
-      ValueError, TypeError: an argument is outside the ranges above. At init: a spec does not fit
-        its leaf, a matrix is complex, or some leaf is ambiguous and no leaf is a matrix. At update:
-        the gradients do not fit the state.
-
     Examples:
       >>> import jax.numpy as jnp, optax, sumo_optax
       >>> tx = optax.chain(
@@ -331,23 +326,9 @@ def sumo(
 ) -> optax.GradientTransformationExtraArgs:
     r"""A complete optimizer: SUMO for matrices and AdamW for all other leaves.
 
-    .. math:: W \leftarrow W - \eta \, (D + \lambda W)
-
-    Here :math:`\eta` is the learning rate and :math:`\lambda` the weight decay. The other
-    symbols are those of :func:`scale_by_sumo`.
-
     On a byte-level LLaMA with 0.86M parameters, these settings trained best: learning rate 3e-3,
     AdamW's best; `adam_learning_rate` 5e-3; warm-up and cosine decay; clipping by the global norm
     before the optimizer. With ``residual="orthogonal"`` the best scale there is `consistent_rms` 2.
-
-    Args:
-      learning_rate: a number or an optax schedule.
-
-    Returns:
-      An ``optax.GradientTransformationExtraArgs``. Its ``update`` needs the parameters.
-
-    Raises:
-      ValueError, TypeError: as :func:`scale_by_sumo`.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, sumo_optax
