@@ -143,12 +143,12 @@ def in_subspace(
     inner: Any,  # a GradientTransformation of the one array PᵀG
     rank: Rank,
     *,
-    basis: _subspace.Basis,
+    basis: _subspace.Basis = "randomized_svd",
     online_pca: OnlinePCA | None,
-    refresh_every: int,
-    stagger: bool,
+    refresh_every: int = 1,
+    stagger: bool = False,
     side: Side,
-    transport: bool,
+    transport: bool = False,
     scale: jax.typing.ArrayLike,
     **shared: Any,
 ) -> optax.GradientTransformationExtraArgs:

@@ -141,11 +141,8 @@ def scale_by_mofasgd(
             D = _with_complement(D, seen, complement)
         return D, (U, s[:, 0], V)
 
-    return matrix_transformation(
-        Rule(init, refresh_due, step, lambda m, n, r: ("mr", "r", "nr"), rank),
-        MofasgdState,
-        **of_tree(locals()),
-    )
+    rule = Rule(init, refresh_due, step, lambda m, n, r: ("mr", "r", "nr"), rank)
+    return matrix_transformation(rule, MofasgdState, **of_tree(locals()))
 
 
 def _beginning(

@@ -95,12 +95,8 @@ def scale_by_online_subspace_descent(
     return in_subspace(
         optax.scale_by_adam() if inner is None else inner,
         rank,
-        basis="randomized_svd",
         online_pca=OnlinePCA(basis_optimizer, basis_learning_rate, orthogonality_penalty),
-        refresh_every=1,
-        stagger=False,
         side=side,
-        transport=False,
         scale=scale,
         **of_tree(locals()),
     )

@@ -160,25 +160,13 @@ def scale_by_sumo(
     _check.number("consistent_rms", consistent_rms, above=0, optional=True)
     _check.choice("residual", residual, (*get_args(get_args(Residual)[0]), None))
     check_polar_method(polar)
-    _subspace.check_basis(basis)
+    _check.choice("basis", basis, get_args(_subspace.Basis))
     _check.choice("side", side, get_args(Side))
 
-    of_stack = _Sumo(
-        refresh_every,
-        refresh_below,
-        momentum,
-        nesterov,
-        residual,
-        norm_growth_limit,
-        consistent_rms,
-        polar,
-        basis,
-    )
-    return matrix_transformation(
-        of_stack.rule(rank, side, stagger),
-        SumoState,
-        **of_tree(locals()),
-    )
+    arguments = locals()
+    of_stack = _Sumo(*(arguments[name] for name in _Sumo._fields))
+    rule = of_stack.rule(rank, side, stagger)
+    return matrix_transformation(rule, SumoState, **of_tree(arguments))
 
 
 class _Sumo(NamedTuple):
