@@ -15,7 +15,7 @@ from sumo_optax import _check
 from sumo_optax._few_bits import Code, decoded, encoded
 from sumo_optax._group import Rule
 from sumo_optax._layout import as_fits
-from sumo_optax._paths import PyTree
+from sumo_optax._paths import PyTree, nodes_of
 
 _LEAST_SIZE = 1024  # smaller arrays are not worth it
 # Names that optax gives to means of gradients, and to means or sums of squares.
@@ -255,8 +255,7 @@ def _are_squares(path: tuple[Any, ...]) -> bool:
 
 
 def _refuse_others(state: PyTree) -> None:
-    is_other = lambda x: isinstance(x, _OTHERS)
-    for x in filter(is_other, jax.tree.leaves(state, is_leaf=is_other)):
+    for x in nodes_of(state, *_OTHERS):
         raise ValueError(
             f"quantize_state needs optax's names for means and squares, got {type(x).__name__},"
             " which has others"
