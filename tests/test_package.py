@@ -1,5 +1,6 @@
 """What a package index and a type checker see."""
 
+import ast
 import inspect
 import re
 import shutil
@@ -90,6 +91,16 @@ def test_the_source_distribution_can_test_itself():
     }
     assert {"README.md", "docs", "notebooks"} < read
     assert read <= {*held, "pyproject.toml"}
+
+
+def test_no_function_is_longer_than_60_lines():
+    """Its docstring does not count."""
+    for path in (*(ROOT / "sumo_optax").glob("*.py"), *(ROOT / "examples").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                doc = len((ast.get_docstring(node, clean=False) or "").splitlines())
+                length = node.end_lineno - node.lineno + 1 - doc
+                assert length <= 60, f"{path}:{node.lineno} {node.name} has {length} lines"
 
 
 FUNCTIONS = [x for x in vars(sumo_optax).values() if inspect.isfunction(inspect.unwrap(x))]
