@@ -118,6 +118,13 @@ def test_every_argument_is_documented_once_and_in_order(function):
     assert documented == list(inspect.signature(function).parameters)
 
 
+def test_a_mistyped_argument_names_the_function_that_was_called():
+    with pytest.raises(TypeError, match=r"^sumo\(\) got an unexpected .* 'momentun'"):
+        sumo_optax.sumo(1e-2, momentun=0.9)
+    with pytest.raises(TypeError, match=r"^scale_by_mofasgd\(\) got an unexpected .* 'seeds'"):
+        sumo_optax.scale_by_mofasgd(4, seeds=1)
+
+
 @pytest.mark.slow
 def test_a_type_checker_sees_signatures(tmp_path):
     """From outside the checkout, by what is installed."""

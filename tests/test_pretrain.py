@@ -687,6 +687,8 @@ def test_help_has_the_presets_defaults(capsys, preset):
     with pytest.raises(SystemExit, match="0"):
         pretrain.parse(["--preset", preset, "--help"])
     printed = " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
+    groups = re.findall(r"(\w+) options", printed)
+    assert groups == ["model", "optimizer", "data", "devices", "output"]
     for name in ("width", "hidden", "heads", "layers", "length", "batch", "steps"):
         value = getattr(llama.PRESETS[preset], name)
         assert re.search(rf"--{name} INT [^(]*\(default: {value}\)", printed), name
