@@ -187,11 +187,10 @@ def dequantized(tree: PyTree) -> PyTree:
     return jax.tree.map(floats, tree, is_leaf=_is_held)
 
 
-def quantized(tree: PyTree, bits: int, axis: int, squares: bool, nearest: bool) -> Quantized:
-    given = {"axis": axis, "squares": squares, "nearest": nearest}
-    encode = functools.partial(encoded, bits=bits, **given)
-    pairs = jax.tree.map(lambda x: as_fits(encode, x, jnp.zeros([], jnp.int32)), tree)
-    return _of_pairs(pairs, **given)
+def quantized(x: jax.Array, bits: int, axis: int, squares: bool, nearest: bool) -> Quantized:
+    encode = functools.partial(encoded, bits=bits, axis=axis, squares=squares, nearest=nearest)
+    code = as_fits(encode, x, jnp.zeros([], jnp.int32))
+    return Quantized(code.values, code.largest, axis, squares, nearest)
 
 
 def requantized(tree: PyTree, like: PyTree, t: jax.Array | None = None) -> PyTree:
@@ -204,21 +203,17 @@ def requantized(tree: PyTree, like: PyTree, t: jax.Array | None = None) -> PyTre
             return QuantizedState(like.count, *_apart(requantized(tree, _together(like), t)))
         if not _is_quantized(like):
             return tree
-
-        given = {"axis": like.axis, "squares": like.squares, "nearest": like.nearest}
+        how = {"axis": like.axis, "squares": like.squares, "nearest": like.nearest}
 
         def encode(old, x):
             bits = 4 if old.dtype == jnp.uint8 else 8
-            return as_fits(functools.partial(encoded, bits=bits, **given), x, t)
+            return as_fits(functools.partial(encoded, bits=bits, **how), x, t)
 
-        return _of_pairs(jax.tree.map(encode, like.values, tree), **given)
+        codes = jax.tree.map(encode, like.values, tree)
+        part = lambda i: jax.tree.map(lambda x: x[i], codes, is_leaf=lambda x: isinstance(x, Code))
+        return Quantized(part(0), part(1), **how)
 
     return jax.tree.map(of, like, tree, is_leaf=_is_held)
-
-
-def _of_pairs(pairs: PyTree, **given: Any) -> Quantized:
-    of = lambda f: jax.tree.map(f, pairs, is_leaf=lambda x: isinstance(x, Code))
-    return Quantized(of(lambda x: x.values), of(lambda x: x.largest), **given)
 
 
 def _is_quantized(x: Any) -> bool:
