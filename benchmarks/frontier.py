@@ -19,6 +19,7 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import convergence
@@ -34,8 +35,8 @@ import sweep
 import tyro
 from common import optimizers
 from common import text as corpus
-from common.llama import LlamaConfig
-from common.training import State
+from common.llama import Llama
+from flax import nnx
 from matplotlib.figure import Figure
 from peers import on_matrices
 
@@ -194,11 +195,10 @@ class Runs:
         argv += ["--data", config.data] if config.data else []
         argv += ["--set", *self.entry.settings.split()] if self.entry.settings else []
         self.options = options = pretrain.parse(argv)
-        of_seed = lambda seed: dataclasses.replace(options, seed=seed)
-        loaded = [corpus.load(of_seed(seed), None) for seed in range(config.seeds)]
+        of_seed = lambda seed: SimpleNamespace(**vars(options) | {"seed": seed})
+        loaded = [corpus.load(of_seed(seed), Path()) for seed in range(config.seeds)]
         tokenizer, _, validation = loaded[0]
-        sizes = (options.width, options.hidden, options.heads, options.layers)
-        self.shape = LlamaConfig(*sizes, vocab=tokenizer.vocab, scan_layers=options.scan_layers)
+        options.vocab = tokenizer.vocab
         of_lane = lambda batches: np.stack(list(itertools.islice(batches, options.steps)))
         self.batches = np.stack([of_lane(batches) for _, batches, _ in loaded])
         parts = len(validation) // options.batch
@@ -209,31 +209,41 @@ class Runs:
     def optimizer(self, rate: float | jax.Array) -> optax.GradientTransformation:
         """After clipping; its rates follow the schedule of the examples."""
         rank = max(1, self.options.width // (self.entry.divisor or 4))
-        given = optimizers.complete(self.entry.optimizer, self.options, rank)
+        given = optimizers.complete(self.options, {"rank": rank})
         unit = optimizers.schedule(1.0, self.options.steps)
         peaks = {"learning_rate": rate, "adam_learning_rate": ADAM_RATE}
         scheduled = {x: lambda count, peak=peak: peak * unit(count) for x, peak in peaks.items()}
         tx = optimizers.find(self.entry.optimizer)(**given | scheduled)
         return optax.chain(optax.clip_by_global_norm(1.0), tx)
 
-    def trained(self, rate, seed, batches, validation):
+    def create(self, key: jax.Array) -> Llama:
+        return Llama(self.options, nnx.Rngs(key))
+
+    def params(self, key: jax.Array) -> Any:
+        return nnx.to_pure_dict(nnx.state(self.create(key), nnx.Param))
+
+    def trained(self, rate, key, batches, validation):
         """The validation loss of one seed."""
-        tx = self.optimizer(rate)
-        init, loss, _ = pretrain.functions(self.shape, tx, seed)
+        tx, graph = self.optimizer(rate), nnx.graphdef(nnx.eval_shape(self.create, key))
 
-        def step(state: State, windows: jax.Array):
-            value, gradients = jax.value_and_grad(loss)(state.params, windows)
-            updates, optimizer = tx.update(gradients, state.optimizer, state.params)
-            return State(optax.apply_updates(state.params, updates), optimizer), value
+        def loss(params, windows):
+            logits = nnx.merge(graph, params)(windows[:, :-1])
+            return optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:]).mean()
 
-        state, _ = jax.lax.scan(step, init(), batches)
-        return jax.lax.map(lambda windows: loss(state.params, windows), validation).mean()
+        def step(carry, windows):
+            params, state = carry
+            value, gradients = jax.value_and_grad(loss)(params, windows)
+            updates, state = tx.update(gradients, state, params)
+            return (optax.apply_updates(params, updates), state), value
+
+        params = self.params(key)
+        (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), batches)
+        return jax.lax.map(lambda windows: loss(params, windows), validation).mean()
 
     def held(self) -> dict[str, Any]:
         """Bytes for the matrices, and how many parameters these have."""
-        tx = self.optimizer(1.0)
-        init, _, _ = pretrain.functions(self.shape, tx, 0)
-        leaves = sumo_optax.describe(tx, jax.eval_shape(init).params).leaves
+        params = jax.eval_shape(self.params, self.seeds[0])
+        leaves = sumo_optax.describe(self.optimizer(1.0), params).leaves
         matrices = [
             x for x in leaves if x.path.startswith("layers/") and x.path.endswith("/kernel")
         ]

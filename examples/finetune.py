@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, NamedTuple
 
 # LAPACK's threads and XLA's wait for each other; must be said before LAPACK is loaded.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -19,8 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tokenizers
-import tyro
-from common import bert, glue, mesh, optimizers, run_folder, training
+from common import bert, glue, mesh, optimizers, options, run_folder, training
 from common.training import State
 from flax import nnx
 
@@ -40,24 +39,26 @@ Batch = Mapping[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(optimizers.Options, run_folder.RunOptions):
-    """Fine-tune a BERT on a task of GLUE."""
+class Task:
+    """What is trained on what."""
 
     # Folder with config.json, model.safetensors and tokenizer.json, or the name of one on the hub.
     model: str
     task: glue.Name = "rte"  # What it learns.
     # A folder with the task's TSV files.
-    data: Annotated[Path | None, optimizers.default("the hub")] = None
-    # What trains it, at rank 8 by default; lora is AdamW on an addend of low rank to each matrix.
-    optimizer: optimizers.Name | Literal["lora"] = "sumo"
+    data: Annotated[str | None, options.default("the hub")] = None
     epochs: int = 3  # Times round the training rows.
     batch: int = 32  # Rows in a step.
     length: int = 128  # Tokens of a row; longer ones are cut.
     seed: int = 0  # Of the classifier, the order of the rows, and dropout.
 
 
-# A resumed run must be given all else as it was; what is set is among the optimizer's arguments.
-FREE = {"set", *vars(run_folder.RunOptions())}
+class Config(NamedTuple):
+    """Fine-tune a BERT on a task of GLUE."""
+
+    task: Task
+    optimizer: optimizers.Options = optimizers.Options()
+    output: run_folder.Options = run_folder.Options()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,72 +66,69 @@ def main(argv: Sequence[str] | None = None) -> int:
     return training.main(lambda: prepare(parse(argv)))
 
 
-def parse(argv: Sequence[str] | None) -> Config:
-    """The command line as a Config."""
-    return tyro.cli(
-        Config, args=argv, config=(tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
-    )
+def parse(argv: Sequence[str] | None) -> Any:
+    """The options of a command line."""
+    return options.flat(options.parse(Config, argv))
 
 
-def prepare(config: Config) -> training.Run:
-    """A run, having found out that it can be made."""
-    out = run_folder.choose(config, Path("runs") / f"{config.task}-{config.optimizer}")
-    task = glue.TASKS[config.task]
-    name, arguments = complete(config)
-    rows = glue.load(config.task, config.data)
-    folder = find(config.model)
-    shape = bert.read_config(folder)
-    if config.length > (limit := shape.max_position_embeddings):
-        raise ValueError(f"--length {config.length} is more than the model's {limit} positions")
-    tokenizer = read_tokenizer(folder / "tokenizer.json")
-    examples, validation = (glue.tokenized(x, tokenizer, config.length) for x in rows)
-    per_epoch = (count := len(examples["labels"])) // config.batch
-    if not per_epoch:
-        raise ValueError(f"--batch {config.batch} is more than the {count} training rows")
-    steps = config.epochs * per_epoch
-    params, logits = model(folder, shape, max(1, task.classes), config)
-    tx = optimizers.create(name, steps, arguments)
-    init, predict = lambda: State(params, tx.init(params)), jax.jit(logits)
+class Finetuning(training.Run):
+    """A BERT that learns to tell the classes of rows, or their scores."""
 
-    def loss(params: Any, batch: Batch, dropout: jax.Array) -> jax.Array:
-        return mean_loss(task, logits(params, batch, dropout), batch["labels"])
+    def __init__(self, config: Any):
+        self.config, self.units = config, (config.batch, "rows")
+        self.out = run_folder.choose(config, f"{config.task}-{config.optimizer}")
+        self.task = glue.TASKS[config.task]
+        arguments = optimizers.complete(config, {"rank": RANK}, LEARNING_RATES)
+        self.record = run_folder.record(config, arguments)
+        rows = glue.load(config.task, config.data)
+        folder = find(config.model)
+        shape = bert.read_config(folder)
+        if config.length > (limit := shape.max_position_embeddings):
+            raise ValueError(f"--length {config.length} is more than the model's {limit} positions")
+        tokenizer = read_tokenizer(folder / "tokenizer.json")
+        self.write_tokenizer = lambda path: tokenizer.save(str(path))
+        examples, self.validation = (glue.tokenized(x, tokenizer, config.length) for x in rows)
+        self.every = (count := len(examples["labels"])) // config.batch
+        if not self.every:
+            raise ValueError(f"--batch {config.batch} is more than the {count} training rows")
+        self.batches = glue.batches(examples, batch=config.batch, seed=config.seed)
+        self.steps = config.epochs * self.every
+        self.tx = optimizers.create(config.optimizer, self.steps, arguments)
+        rank = arguments["rank"] if config.optimizer == "lora" else None
+        self.start, self.logits = model(folder, shape, max(1, self.task.classes), config.seed, rank)
+        self.predict = jax.jit(self.logits)
+        params = jax.eval_shape(self.params)
+        self.state = State(*mesh.abstract_state(mesh.parse(None), self.tx, params))
 
-    def validate(params: Any) -> dict[str, float]:
-        labels = validation["labels"]
-        rows = (slice(i, i + config.batch) for i in range(0, len(labels), config.batch))
-        parts = ({name: x[some] for name, x in validation.items()} for some in rows)
-        found = np.concatenate([predict(params, part) for part in parts])
-        loss = float(mean_loss(task, jnp.asarray(found), jnp.asarray(labels)))
-        return {"validation_loss": loss} | glue.score(task, labels, found)
+    def params(self) -> Any:
+        return self.start
 
-    devices = mesh.parse(None)
-    given = {name: x for name, x in vars(config).items() if name not in FREE}
-    return training.Run(
-        out=out,
-        options=config,
-        record=given | arguments | {"data": str(config.data)},
-        tx=tx,
-        steps=steps,
-        eval_every=per_epoch,
-        save_every=per_epoch,
-        units=(config.batch, "rows"),
-        batches=glue.batches(examples, batch=config.batch, seed=config.seed),
-        init=init,
-        state=State(*mesh.abstract_state(devices, tx, jax.eval_shape(lambda: params))),
-        loss=loss,
-        compile=lambda: step_function(tx, loss, config.seed),
-        validate=validate,
-        write_tokenizer=lambda path: tokenizer.save(str(path)),
-    )
+    def loss(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
+        """Cross-entropy of classes; of a score, the squared error."""
+        if not self.task.classes:
+            return jnp.mean((logits[:, 0] - labels) ** 2)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    def validate(self, params: Any) -> dict[str, float]:
+        labels, batch = self.validation["labels"], self.config.batch
+        slices = (slice(i, i + batch) for i in range(0, len(labels), batch))
+        parts = ({name: x[some] for name, x in self.validation.items()} for some in slices)
+        logits = np.concatenate([self.predict(params, part) for part in parts])
+        loss = float(self.loss(jnp.asarray(logits), jnp.asarray(labels)))
+        return {"validation_loss": loss} | glue.score(self.task, labels, logits)
+
+    def compile(self) -> Any:
+        """A step; its dropout depends on seed and step alone."""
+
+        def step(number: int, state: State, batch: Batch) -> tuple[State, training.Logged]:
+            dropout = jax.random.fold_in(jax.random.key(self.config.seed), number)
+            loss = lambda params: self.loss(self.logits(params, batch, dropout), batch["labels"])
+            return self.updated(state, *jax.value_and_grad(loss)(state.params))
+
+        return jax.jit(step, donate_argnums=1)
 
 
-def complete(config: Config) -> tuple[str, dict[str, Any]]:
-    """The optimizer's name and arguments; LoRA's are AdamW's, with rates of its own."""
-    name, given, rates = config.optimizer, config, LEARNING_RATES
-    if name == "lora":
-        name, given = "adamw", dataclasses.replace(config, rank=None)
-        rates = {name: LEARNING_RATES["lora"]}
-    return name, optimizers.complete(name, given, RANK, rates=rates)
+prepare = Finetuning
 
 
 def find(model: str) -> Path:
@@ -147,19 +145,19 @@ def find(model: str) -> Path:
 
 
 def model(
-    folder: Path, shape: Any, classes: int, config: Config
+    folder: Path, shape: Any, classes: int, seed: int, rank: int | None
 ) -> tuple[Any, Callable[..., jax.Array]]:
-    """What is trained, as it is at first, and the logits from it, a batch and a key of dropout."""
-    rngs = nnx.Rngs(config.seed)
+    """What is trained, as it is at first, and the logits from it, a batch and a key of dropout.
+
+    With a `rank` that is what LoRA trains.
+    """
+    rngs = nnx.Rngs(seed)
     module = bert.Bert(shape, classes, rngs)
     state = nnx.state(module, nnx.Param)
     nnx.replace_by_pure_dict(state, bert.read_weights(folder, nnx.to_pure_dict(state)))
     nnx.update(module, state)
     trained = nnx.Param
-    if config.optimizer == "lora":
-        rank = config.rank or RANK
-        if not isinstance(rank, int):
-            raise ValueError(f"lora takes an integer as its --rank, got {rank}")
+    if rank is not None:
         add_lora(module, rank, rngs)
         trained = nnx.Any(nnx.LoRAParam, *map(nnx.PathContains, bert.HEADS))
     graph, params, frozen = nnx.split(module, trained, ...)
@@ -189,28 +187,6 @@ def read_tokenizer(path: Path) -> tokenizers.Tokenizer:
         return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the only type that it raises
         raise ValueError(f"{path} cannot be read: {error}") from None
-
-
-def mean_loss(task: glue.Task, logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Cross-entropy of classes; of a score, the squared error."""
-    if not task.classes:
-        return jnp.mean((logits[:, 0] - labels) ** 2)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-
-def step_function(
-    tx: optax.GradientTransformation, loss: Callable[..., jax.Array], seed: int
-) -> training.Step:
-    """A step of training; its dropout depends on seed and step alone."""
-
-    def step(number: int, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
-        dropout = jax.random.fold_in(jax.random.key(seed), number)
-        value, gradients = jax.value_and_grad(loss)(state.params, batch, dropout)
-        updates, optimizer = tx.update(gradients, state.optimizer, state.params)
-        logged = {"loss": value, "gradient_norm": optax.tree.norm(gradients)}
-        return State(optax.apply_updates(state.params, updates), optimizer), logged
-
-    return jax.jit(step, donate_argnums=1)
 
 
 if __name__ == "__main__":

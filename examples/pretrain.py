@@ -11,8 +11,7 @@ import os
 import sys
 import zlib
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal, NamedTuple
 
 # LAPACK's threads and XLA's wait for each other; must be said before LAPACK is loaded.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -21,58 +20,46 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
-from common import mesh, optimizers, run_folder, text, training
+from common import mesh, optimizers, options, run_folder, text, training
 from common.llama import PRESETS, Llama, LlamaConfig
 from common.training import State
 from flax import nnx
 
 import sumo_optax
 
-TINY = PRESETS["tiny"]
 
+@dataclasses.dataclass(frozen=True)
+class Model(LlamaConfig):
+    """What is trained, and for how long."""
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(optimizers.Options, run_folder.RunOptions):
-    """Pre-train a LLaMA-style language model."""
-
-    # The model whose shape, steps, batch and length are the defaults.
+    # The model whose shape, length, batch and steps are the defaults.
     preset: Literal["tiny", "60m", "130m", "350m", "1b", "7b"] = "tiny"
-    # What trains it: sumo, online_subspace_descent, mofasgd, galore, muon or adamw.
-    optimizer: str = "sumo"
-    width: int = TINY.width  # Width of the model.
-    hidden: int = TINY.hidden  # Hidden width of SwiGLU.
-    heads: int = TINY.heads  # Attention heads.
-    layers: int = TINY.layers  # Blocks.
-    scan_layers: bool = False  # Stack the blocks: one compilation for all of them.
-    # Text file, folder or hf:NAME[:CONFIG].
-    data: Annotated[str | None, optimizers.default("Python's standard library")] = None
-    tokenizer: str = "bytes"  # What makes tokens of text: bytes or bpe:SIZE.
-    batch: int = TINY.batch  # Windows in a step.
-    length: int = TINY.length  # Tokens in a window.
-    eval_windows: int = 256  # Windows of the validation text to validate with.
-    steps: int = TINY.steps  # Steps to train.
-    seed: int = 0  # Of the initial parameters and the order of the data.
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer(optimizers.Options):
+    """What trains it."""
+
     subspace_gradients: bool = False  # Take whole ones at refreshes alone: sumo, mofasgd.
     fused: bool = False  # Update layers in the backward pass; clip by the norm of the step before.
-    # How devices share the work: data=N,fsdp=N,tensor=N.
-    mesh: Annotated[str | None, optimizers.default("one device")] = None
-    # HOST:PORT of the first process.
-    coordinator: Annotated[str | None, optimizers.default("a job scheduler's")] = None
-    # How many processes there are.
-    processes: Annotated[int | None, optimizers.default("a job scheduler's")] = None
-    # Which of them this is, from 0.
-    process: Annotated[int | None, optimizers.default("a job scheduler's")] = None
-    # Steps between two validations.
-    eval_every: Annotated[int | None, optimizers.default("a tenth of all")] = None
-    # Steps between two checkpoints.
-    save_every: Annotated[int | None, optimizers.default("a tenth of all")] = None
     log_subspace: bool = False  # Log at every step how the subspaces are doing; draw it at the end.
 
 
-# A resumed run must be given all else as it was; what is set is among the optimizer's arguments.
-FREE = {"set", "mesh", "coordinator", "processes", "process", "eval_every", "save_every"}
-FREE |= vars(run_folder.RunOptions()).keys()
+class Config(NamedTuple):
+    """Pre-train a LLaMA-style language model."""
+
+    model: Model
+    optimizer: Optimizer = Optimizer()
+    data: text.Options = text.Options()
+    devices: mesh.Options = mesh.Options()
+    output: run_folder.Options = run_folder.Options()
+
+
+# Those that read no more than projected gradients between refreshes, and the form in which they do.
+SUBSPACE_GRADIENTS: dict[str, dict[str, Any]] = {
+    "sumo": {"basis": "randomized_svd", "side": "long", "residual": None, "refresh_every": 200},
+    "mofasgd": {},
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,130 +67,104 @@ def main(argv: Sequence[str] | None = None) -> int:
     return training.main(lambda: prepare(parse(argv)))
 
 
-def parse(argv: Sequence[str] | None) -> Config:
-    """The command line as a Config; what it leaves out is the preset's."""
-    given: dict[str, Any] = {
-        "args": argv,
-        "config": (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone),
-    }
-    first, _ = tyro.cli(Config, add_help=False, return_unknown_args=True, **given)
-    preset = vars(PRESETS[first.preset])
-    known = {name: x for name, x in preset.items() if hasattr(first, name)}
-    return tyro.cli(Config, default=Config(preset=first.preset, **known), **given)
+def parse(argv: Sequence[str] | None) -> Any:
+    """The options; what the command line leaves out is the preset's."""
+    model = Model(**vars(PRESETS["tiny"]))
+    given, _ = options.parse(Model, argv, default=model, add_help=False, return_unknown_args=True)
+    model = Model(**vars(PRESETS[given.preset]), preset=given.preset)
+    return options.flat(options.parse(Config, argv, default=Config(model)))
 
 
-def prepare(config: Config) -> training.Run:
-    """A run, having found out that it can be made."""
-    out = run_folder.choose(config, Path("runs") / f"{config.preset}-{config.optimizer}")
-    mesh.join(config.coordinator, config.processes, config.process)
-    rank = max(1, config.width // 4)
-    arguments = optimizers.complete(config.optimizer, config, rank, config.subspace_gradients)
-    tx = optimizer(config, arguments)
-    earlier = out / "tokenizer.json" if config.resume else None
-    tokenizer, batches, validation = text.load(config, earlier)
-    sizes = (config.width, config.hidden, config.heads, config.layers)
-    shape = LlamaConfig(*sizes, vocab=tokenizer.vocab, scan_layers=config.scan_layers)
-    init, loss, evaluate = functions(shape, tx, config.seed)
-    devices = mesh.parse(config.mesh)
-    shares = devices.shape["data"] * devices.shape["fsdp"]
-    if config.batch % shares:
-        raise ValueError(f"--batch must be a multiple of data x fsdp, {shares}, got {config.batch}")
-    state = State(*mesh.abstract_state(devices, tx, jax.eval_shape(init).params))
-    data = {"vocab": shape.vocab, "validation checksum": zlib.crc32(validation.tobytes())}
-    tenth = math.ceil(config.steps / 10)
-    run = training.Run(
-        out=out,
-        options=config,
-        record={x: y for x, y in vars(config).items() if x not in FREE} | arguments | data,
-        tx=tx,
-        steps=config.steps,
-        eval_every=config.eval_every or tenth,
-        save_every=config.save_every or tenth,
-        units=(config.batch * config.length, "tokens"),
-        batches=batches,
-        init=init,
-        state=state,
-        loss=loss,
-        compile=lambda: compiled(config, arguments, run),
-        validate=lambda params: {"validation_loss": evaluate(params, validation, config.batch)},
-        write_tokenizer=tokenizer.write,
-    )
-    return run
+class Pretraining(training.Run):
+    """A LLaMA that learns to foresee the next token of each in a window."""
 
+    def __init__(self, config: Any):
+        self.config, self.steps, self.every = config, config.steps, math.ceil(config.steps / 10)
+        self.out = run_folder.choose(config, f"{config.preset}-{config.optimizer}")
+        mesh.join(config.coordinator, config.processes, config.process)
+        self.arguments, self.tx = optimizer(config)
+        tokenizer, self.batches, self.validation = text.load(config, self.out / "tokenizer.json")
+        self.write_tokenizer, config.vocab = tokenizer.write, tokenizer.vocab
+        self.create = lambda: Llama(config, nnx.Rngs(config.seed))
+        self.graph = nnx.graphdef(nnx.eval_shape(self.create))
+        self.validation_loss = jax.jit(self.loss)
+        self.units = config.batch * config.length, "tokens"
+        devices = mesh.parse(config.mesh)
+        shares = devices.shape["data"] * devices.shape["fsdp"]
+        if config.batch % shares:
+            wanted = f"--batch must be a multiple of data x fsdp, {shares}"
+            raise ValueError(f"{wanted}, got {config.batch}")
+        params = jax.eval_shape(self.params)
+        self.state = State(*mesh.abstract_state(devices, self.tx, params))
+        checksum = {"validation checksum": zlib.crc32(self.validation.tobytes())}
+        self.record = run_folder.record(config, self.arguments | checksum)
 
-def optimizer(config: Config, arguments: dict[str, Any]) -> optax.GradientTransformation:
-    """The optimizer, with the clipping that the step can do; measuring its subspaces if asked."""
-    if config.subspace_gradients and config.fused:
-        raise ValueError("--fused needs whole gradients; leave out --subspace-gradients")
-    if config.subspace_gradients and config.log_subspace:
-        raise ValueError("--log-subspace needs whole gradients; leave out --subspace-gradients")
-    if config.fused and config.optimizer == "galore":
-        raise ValueError("galore of optax fails on a layer without matrices; leave out --fused")
-    if config.log_subspace and config.optimizer in optimizers.OPTAX:
-        raise ValueError(f"{config.optimizer} has no subspace to log; leave out --log-subspace")
-    # Updates inside the backward pass: no norm is known before the last gradient is gone.
-    clip = sumo_optax.clip_by_last_norm if config.fused else optax.clip_by_global_norm
-    metrics = {"metrics": True} if config.log_subspace else {}
-    return optimizers.create(config.optimizer, config.steps, arguments | metrics, clip)
+    def params(self) -> Any:
+        return nnx.to_pure_dict(nnx.state(self.create(), nnx.Param))
 
-
-def functions(shape: LlamaConfig, tx: optax.GradientTransformation, seed: int):
-    """The state at first; mean nats per token from parameters and windows; the same of many."""
-    create = lambda: Llama(shape, nnx.Rngs(seed))
-    graph = nnx.graphdef(nnx.eval_shape(create))
-
-    def init() -> State:
-        params = nnx.to_pure_dict(nnx.state(create(), nnx.Param))
-        return State(params, tx.init(params))
-
-    def loss(params: Any, windows: jax.Array) -> jax.Array:
-        logits = nnx.merge(graph, params)(windows[:, :-1])
+    def loss(self, params: Any, windows: jax.Array) -> jax.Array:
+        """The mean over all tokens, in nats."""
+        logits = nnx.merge(self.graph, params)(windows[:, :-1])
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:])
         return losses.mean()
 
-    validation_loss = jax.jit(loss)
+    def validate(self, params: Any) -> dict[str, float]:
+        held_out, batch = self.validation, self.config.batch
+        parts = [held_out[i : i + batch] for i in range(0, len(held_out), batch)]
+        total = sum(len(part) * float(self.validation_loss(params, part)) for part in parts)
+        return {"validation_loss": total / len(held_out)}
 
-    def evaluate(params: Any, windows: np.ndarray, batch: int) -> float:
-        parts = [windows[i : i + batch] for i in range(0, len(windows), batch)]
-        total = sum(len(part) * float(validation_loss(params, part)) for part in parts)
-        return total / len(windows)
+    def compile(self) -> training.Step:
+        """A step; of two kinds, where most of them need no whole gradient."""
+        config, lies = self.config, mesh.batch_sharding(self.state)
+        shape = (config.batch, config.length + 1)
+        windows = jax.ShapeDtypeStruct(shape, np.int32, sharding=lies)
+        out = jax.tree.map(lambda x: x.sharding, self.state), None
+        jitted = jax.jit(self.update, donate_argnums=0, static_argnums=2, out_shardings=out)
+        kinds = (True, False) if config.subspace_gradients else (True,)
+        steps = {full: jitted.lower(self.state, windows, full).compile() for full in kinds}
+        # Without refreshes the first gradient alone is whole.
+        every = self.arguments.get("refresh_every", config.steps) if len(kinds) > 1 else 1
+        return lambda number, *given: steps[(number - 1) % every == 0](*given)
 
-    return init, loss, evaluate
-
-
-def compiled(config: Config, arguments: dict[str, Any], run: training.Run) -> training.Step:
-    """A step of training; of two kinds, where most of them need no whole gradient."""
-    value_and_grad = sumo_optax.subspace_value_and_grad(run.loss)
-    value_and_update = sumo_optax.value_and_update(run.loss, run.tx)
-
-    def update(state: State, windows: jax.Array, full: bool) -> tuple[State, dict[str, jax.Array]]:
-        if config.fused:
-            loss, *new = value_and_update(state.params, state.optimizer, windows)
+    def update(self, state: State, windows: jax.Array, full: bool) -> tuple[State, training.Logged]:
+        params, held = state
+        if self.config.fused:
+            step = sumo_optax.value_and_update(self.loss, self.tx)
+            loss, *new = step(params, held, windows)
             # Gradients are never there together; clipping has their norm.
-            norm = jnp.sqrt(optax.tree.get(new[1], "squared"))
+            logged = {"loss": loss, "gradient_norm": jnp.sqrt(optax.tree.get(new[1], "squared"))}
+            state = State(*new)
         else:
-            loss, gradients = value_and_grad(state.params, state.optimizer, windows, full=full)
-            updates, optimizer = run.tx.update(gradients, state.optimizer, state.params)
-            new = optax.apply_updates(state.params, updates), optimizer
-            norm = optax.tree.norm(gradients)
-        logged = {"loss": loss, "gradient_norm": norm}
-        if config.log_subspace:
-            logged |= sumo_optax.subspace_metrics(new[1]).summary
-        return State(*new), logged
+            value_and_grad = sumo_optax.subspace_value_and_grad(self.loss)
+            state, logged = self.updated(state, *value_and_grad(params, held, windows, full=full))
+        if self.config.log_subspace:
+            logged |= sumo_optax.subspace_metrics(state.optimizer).summary
+        return state, logged
 
-    shape = (config.batch, config.length + 1)
-    example = jax.ShapeDtypeStruct(shape, np.int32, sharding=mesh.batch_sharding(run.state))
-    shardings = (jax.tree.map(lambda x: x.sharding, run.state), None)
-    jitted = jax.jit(update, donate_argnums=0, static_argnames="full", out_shardings=shardings)
-    kinds = (True, False) if config.subspace_gradients else (True,)
-    steps = {full: jitted.lower(run.state, example, full=full).compile() for full in kinds}
-    refresh_every = arguments.get("refresh_every", config.steps)
 
-    def step(number: int, state: State, windows: jax.Array) -> tuple[State, dict[str, jax.Array]]:
-        full = not config.subspace_gradients or (number - 1) % refresh_every == 0
-        return steps[full](state, windows)
+prepare = Pretraining
 
-    return step
+
+def optimizer(config: Any) -> tuple[dict[str, Any], optax.GradientTransformation]:
+    """The optimizer's arguments, and the optimizer with the clipping that the step can do."""
+    name, projected = config.optimizer, config.subspace_gradients
+    if projected and (config.fused or config.log_subspace):
+        raise ValueError("--subspace-gradients goes with neither --fused nor --log-subspace")
+    if projected and name not in SUBSPACE_GRADIENTS:
+        raise ValueError(
+            f"{name} has no --subspace-gradients; {' and '.join(SUBSPACE_GRADIENTS)} have"
+        )
+    if config.fused and name == "galore":
+        raise ValueError("galore of optax fails on a layer without matrices; leave out --fused")
+    if config.log_subspace and name in optimizers.OPTAX:
+        raise ValueError(f"{name} has no subspace to log; leave out --log-subspace")
+    known = {"rank": max(1, config.width // 4), **(SUBSPACE_GRADIENTS[name] if projected else {})}
+    arguments = optimizers.complete(config, known)
+    # Updates inside the backward pass: no norm is known before the last gradient is gone.
+    clip = sumo_optax.clip_by_last_norm if config.fused else optax.clip_by_global_norm
+    metrics = {"metrics": True} if config.log_subspace else {}
+    return arguments, optimizers.create(name, config.steps, arguments | metrics, clip)
 
 
 if __name__ == "__main__":

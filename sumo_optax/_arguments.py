@@ -1,13 +1,22 @@
-"""Docstrings that list every argument, with one text for what optimizers have in common."""
+"""Docstrings that say everything, with one text for what optimizers have in common."""
 
+import functools
 import inspect
 import re
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-_SHARED = """
+_OF_COMPLETE = r"""
+
+.. math:: W \leftarrow W - \eta \, (D + \lambda W)
+
+Here :math:`\eta` is the learning rate and :math:`\lambda` the weight decay. The other symbols are
+those of :func:`{}`."""
+
+_ARGS = """
+  learning_rate: a number or an optax schedule.
   rank: r. An integer of at least 1 is the rank of every matrix. A float in (0, 1] is a fraction
     of each matrix's short side, rounded up to a multiple of 8. A function takes a leaf's path,
     such as ``"dense/kernel"``, and its shape, and returns either. The short side limits r.
@@ -36,34 +45,71 @@ _SHARED = """
 """
 
 
-def documented(*others: Callable[..., Any]) -> Callable[[Function], Function]:
-    """Adds to a docstring the arguments that it does not list, in the order of the signature.
+_RETURNS = """Returns:
+  An ``optax.GradientTransformationExtraArgs``. Its ``update`` needs the parameters."""
 
-    Their texts are those of the `others`' docstrings, or else the shared ones.
+_RAISES = """Raises:
+  ValueError, TypeError: an argument is outside the ranges above. At init: a spec does not fit its
+    leaf, a matrix is complex, or some leaf is ambiguous and no leaf is a matrix. At update: the
+    gradients do not fit the state."""
+
+
+def documented(
+    taker: Callable[..., Any], scale_by: Callable[..., Any] | None = None
+) -> Callable[[Function], Function]:
+    """Completes a function that hands its last keywords on to `taker`.
+
+    Its signature has these keywords too, with the defaults of `taker`. Its docstring has all
+    arguments, in that order and with its own text, or that of `scale_by`, or the shared one, what
+    is returned and errors. With `scale_by` the function makes a complete optimizer of that.
     """
 
     def decorate(function: Function) -> Function:
+        signature = _signature(function, taker)
+
+        @functools.wraps(function)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            try:
+                signature.bind(*args, **kwargs)
+            except TypeError as error:  # else it would name `taker`
+                raise TypeError(f"{function.__name__}() {error}") from None
+            return function(*args, **kwargs)
+
         if function.__doc__:  # `python -OO` leaves none
-            before, own, after = _sections(function.__doc__)
-            texts = _entries(_SHARED)
-            for other in others:
-                texts |= _entries(_sections(other.__doc__ or "")[1])
-            texts |= _entries(own)
-            listed = dict.fromkeys(texts[name] for name in inspect.signature(function).parameters)
-            function.__doc__ = before + "".join(listed) + after
-        return function
+            checked.__doc__ = _doc(function, list(signature.parameters), scale_by)
+        vars(checked)["__signature__"] = signature
+        return cast(Function, checked)
 
     return decorate
 
 
-def _sections(doc: str) -> tuple[str, str, str]:
-    """What comes before the list of arguments, the list, and what comes after."""
-    before, title, rest = inspect.cleandoc(doc).partition("\nArgs:\n")
-    listed, blank, after = rest.partition("\n\n")
-    return before + title, f"{listed}\n", blank[1:] + after
+def _signature(function: Callable[..., Any], taker: Callable[..., Any]) -> inspect.Signature:
+    own = inspect.signature(function)
+    named = [x for x in own.parameters.values() if x.kind is not x.VAR_KEYWORD]
+    taken = [x for x in inspect.signature(taker).parameters.values() if x.kind is x.KEYWORD_ONLY]
+    return own.replace(parameters=[*named, *taken])
+
+
+def _doc(function: Callable[..., Any], names: list[str], scale_by: Any) -> str:
+    own, texts = _sections(function), _entries(_ARGS)
+    intro = own[""]
+    if scale_by is not None:
+        texts |= _entries(_sections(scale_by)["Args"])
+        summary, *more = intro.partition("\n\n")
+        intro = summary + _OF_COMPLETE.format(scale_by.__name__) + "".join(more)
+    texts |= _entries(own.get("Args", ""))
+    args = "Args:\n" + "".join(dict.fromkeys(texts[name] for name in names)).rstrip()
+    parts = (intro, args, own.get("Returns", _RETURNS), _RAISES)
+    return "\n\n".join((*parts, own["Examples"], own["References"]))
+
+
+def _sections(function: Callable[..., Any]) -> dict[str, str]:
+    """The parts of a docstring by their titles; what comes first has none."""
+    parts = re.split(r"\n\n(?=[A-Z]\w+:\n)", inspect.getdoc(function) or "")
+    return {"": parts[0]} | {part.partition(":")[0]: part for part in parts[1:]}
 
 
 def _entries(listed: str) -> dict[str, str]:
     """The text of each argument; several may share one."""
-    entries = re.split(r"(?m)^(?=  \w)", listed)[1:]
+    entries = re.split(r"(?m)^(?=  \w)", f"{listed}\n")[1:]
     return {name: entry for entry in entries for name in entry.split(":")[0].strip().split(", ")}

@@ -11,12 +11,10 @@ import optax
 from optax.contrib import MuonDimensionNumbers
 
 from sumo_optax._conventions import flax_dimension_numbers, readings
-from sumo_optax._paths import Path, PyTree, named_leaves, path_string, whole_of
+from sumo_optax._paths import Path, PyTree, few, named_leaves, path_string, whole_of
 
 MatrixAxes = tuple[tuple[int, ...], tuple[int, ...]]  # of inputs and outputs, from the front
 WeightDimensionNumbers = MuonDimensionNumbers | PyTree | Callable[[PyTree], PyTree]
-
-_NAMED_IN_WARNINGS = 5
 
 
 def resolve(
@@ -32,7 +30,7 @@ def resolve(
 def advise(weight_dimension_numbers: WeightDimensionNumbers | None, params: PyTree) -> None:
     """Warns once of leaves that may be read wrongly; ValueError where that leaves no matrix."""
     leaves = named_leaves(params)
-    named = lambda paths: _few([f"{path_string(p)} {jnp.shape(leaves[p])}" for p in paths])
+    named = lambda paths: few([f"{path_string(p)} {jnp.shape(leaves[p])}" for p in paths])
     if _is_default(weight_dimension_numbers):
         found = readings(params)
         doubts = [path for path, x in found.items() if x.is_ambiguous]
@@ -58,16 +56,8 @@ def advise(weight_dimension_numbers: WeightDimensionNumbers | None, params: PyTr
             " layers."
         )
     if warning:
-        message = [
-            *warning,
-            "Name their axes in weight_dimension_numbers, or None for the fallback.",
-        ]
-        warnings.warn(" ".join(message), UserWarning, stacklevel=3)
-
-
-def _few(names: list[str]) -> str:
-    more = len(names) - _NAMED_IN_WARNINGS
-    return ", ".join(names[:_NAMED_IN_WARNINGS] + ([f"and {more} more"] if more > 0 else []))
+        warning.append("Name their axes in weight_dimension_numbers, or None for the fallback.")
+        warnings.warn(" ".join(warning), UserWarning, stacklevel=3)
 
 
 def _specs(

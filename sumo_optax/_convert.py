@@ -14,7 +14,7 @@ from sumo_optax._axes import MatrixAxes, WeightDimensionNumbers, resolve
 from sumo_optax._in_subspace import SubspaceState
 from sumo_optax._linalg import at_least_float32, svd
 from sumo_optax._mofasgd import MofasgdState
-from sumo_optax._paths import Path, PyTree, map_named, named_leaves, path_string
+from sumo_optax._paths import Path, PyTree, few, map_named, named_leaves, nodes_of, path_string
 from sumo_optax._quantize import dequantized, requantized
 from sumo_optax._sumo import SumoState
 from sumo_optax._view import matrix_view
@@ -23,7 +23,6 @@ _OURS = (SumoState, MofasgdState)
 # optax.contrib has it from optax 0.2.7 on.
 _GALORE = getattr(optax.contrib, "GaLoreState", ())
 _ADAM = optax.ScaleByAdamState
-_DIFFERENCES_SHOWN = 5
 
 
 def check_state(state: PyTree, expected: PyTree) -> None:
@@ -59,9 +58,7 @@ def check_state(state: PyTree, expected: PyTree) -> None:
         if then.get(path) != now.get(path)
     ]
     if differences:
-        more = len(differences) - _DIFFERENCES_SHOWN
-        rest = [f"and {more} more"] if more > 0 else []
-        raise ValueError("; ".join(differences[:_DIFFERENCES_SHOWN] + rest))
+        raise ValueError(few(differences, "; "))
 
 
 def convert_state(
@@ -167,9 +164,8 @@ def _is_ours(x: Any) -> bool:
 def _sources(state: PyTree) -> Iterator[Any]:
     """The states, anywhere inside a state, of transformations that hold first moments."""
     known = (*_OURS, SubspaceState, _GALORE, _ADAM)
-    for x in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, known)):
-        if isinstance(x, known):
-            yield x
+    for x in nodes_of(state, *known):
+        yield x
         if isinstance(x, (*_OURS, SubspaceState)):
             yield from _sources(x.fallback)
 
@@ -296,9 +292,8 @@ def _of_width(r: int, columns: jax.Array) -> jax.Array:
 
 def _adam_moments(state: PyTree) -> dict[Path, tuple[jax.Array, jax.Array]]:
     """Adam's two moments of each leaf, from wherever in the state."""
-    is_adam = lambda x: isinstance(x, _ADAM)
     found = {}
-    for x in filter(is_adam, jax.tree.leaves(state, is_leaf=is_adam)):
+    for x in nodes_of(state, _ADAM):
         nu = named_leaves(x.nu)
         found |= {path: (mu, nu[path]) for path, mu in named_leaves(x.mu).items()}
     return found

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from sumo_optax._group import Rule, is_projected
-from sumo_optax._paths import Path, PyTree, named_leaves, path_string
+from sumo_optax._paths import Path, PyTree, named_leaves, nodes_of, path_string
 from sumo_optax._view import View
 
 _CHECK = "; sumo_optax.check_state(state, jax.eval_shape(tx.init, params)) says what differs"
@@ -81,9 +81,8 @@ def check_matrices(
 
 def check_fallback(updates: PyTree, state: PyTree) -> None:
     """Adam's moments have the shapes of their gradients."""
-    is_adam = lambda x: isinstance(x, optax.ScaleByAdamState)
     grads = named_leaves(updates)
-    for adam in filter(is_adam, jax.tree.leaves(state, is_leaf=is_adam)):
+    for adam in nodes_of(state, optax.ScaleByAdamState):
         for path, mu in named_leaves(adam.mu).items():
             if path in grads and jnp.shape(grads[path]) != mu.shape:
                 raise ValueError(

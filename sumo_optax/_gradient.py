@@ -95,12 +95,6 @@ class Gradients:
 
 @dataclasses.dataclass(frozen=True)
 class WholeGradients(Gradients):
-    @classmethod
-    def of(cls, stored: Sequence[jax.Array], *, transposed: Sequence[bool] | None = None):
-        batches = [G.shape[:-2] for G in stored]
-        turned = transposed or [False] * len(stored)
-        return cls(batches, turned, stored[0].dtype, precision=None, stored=stored)
-
     @property
     def shape(self) -> tuple[int, int]:
         """m and n."""

@@ -7,7 +7,7 @@ Online Subspace Descent, arXiv 2408.12857. Where it fills in what the latter lea
    of both optimizers are left as they were.
 """
 
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, Unpack, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +15,10 @@ import optax
 
 from sumo_optax import _check, _subspace
 from sumo_optax._arguments import documented
-from sumo_optax._axes import WeightDimensionNumbers
 from sumo_optax._gradient import Update
 from sumo_optax._group import Rule
 from sumo_optax._linalg import choose
-from sumo_optax._matrix import matrix_transformation, of_tree
+from sumo_optax._matrix import OfTree, matrix_transformation
 from sumo_optax._paths import PyTree, map_named
 from sumo_optax._rank import Rank
 from sumo_optax._view import Side
@@ -54,7 +53,7 @@ class OnlinePCA(NamedTuple):
     penalty: jax.typing.ArrayLike
 
 
-@documented()
+@documented(matrix_transformation)
 def scale_in_subspace(
     inner: optax.GradientTransformation,
     rank: Rank = 0.25,
@@ -65,12 +64,7 @@ def scale_in_subspace(
     side: Side = "long",
     transport: bool = False,
     scale: jax.typing.ArrayLike = 1.0,
-    weight_dimension_numbers: WeightDimensionNumbers | None = None,
-    fallback: optax.GradientTransformation | None = None,
-    skip_nonfinite: bool = True,
-    state_dtype: jax.typing.DTypeLike | None = None,
-    metrics: bool = False,
-    seed: jax.typing.ArrayLike = 0,
+    **of_tree: Unpack[OfTree],
 ) -> optax.GradientTransformationExtraArgs:
     r"""Runs any optax transformation on gradients that are projected onto a subspace.
 
@@ -104,10 +98,6 @@ def scale_in_subspace(
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with state :class:`SubspaceState`.
 
-    Raises:
-      ValueError, TypeError: an argument is outside the ranges above, or, at init, a spec does not
-        fit its leaf.
-
     Examples:
       >>> import jax.numpy as jnp, optax, sumo_optax
       >>> galore = optax.chain(
@@ -139,7 +129,7 @@ def scale_in_subspace(
         side=side,
         transport=transport,
         scale=scale,
-        **of_tree(locals()),
+        **of_tree,
     )
 
 
@@ -147,12 +137,12 @@ def in_subspace(
     inner: Any,  # a GradientTransformation of the one array PᵀG
     rank: Rank,
     *,
-    basis: _subspace.Basis,
+    basis: _subspace.Basis = "randomized_svd",
     online_pca: OnlinePCA | None,
-    refresh_every: int,
-    stagger: bool,
+    refresh_every: int = 1,
+    stagger: bool = False,
     side: Side,
-    transport: bool,
+    transport: bool = False,
     scale: jax.typing.ArrayLike,
     **shared: Any,
 ) -> optax.GradientTransformationExtraArgs:

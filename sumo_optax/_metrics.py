@@ -10,7 +10,7 @@ from jax.sharding import AxisType, PartitionSpec
 from sumo_optax._in_subspace import FIRST_MOMENTS
 from sumo_optax._linalg import orthonormal_columns, unit_scale
 from sumo_optax._measured import MeasuredState
-from sumo_optax._paths import PyTree, named_leaves, path_string
+from sumo_optax._paths import PyTree, named_leaves, nodes_of, path_string
 from sumo_optax._report import low_rank_states
 
 # What is said of all matrices together: the mean, or the worst.
@@ -97,8 +97,7 @@ def subspace_metrics(state: PyTree) -> SubspaceMetrics:
             spectrum = _spectrum if name == "singular_values" else _spectrum_of_matrix
             condition_number, effective_rank = _on_any_mesh(spectrum)(moment)
             leaves[path] = {"condition_number": condition_number, "effective_rank": effective_rank}
-    is_measured = lambda x: isinstance(x, MeasuredState)
-    for one in filter(is_measured, jax.tree.leaves(state, is_leaf=is_measured)):
+    for one in nodes_of(state, MeasuredState):
         for name in MeasuredState._fields[1:]:
             for path, x in named_leaves(getattr(one, name)).items():
                 leaves.setdefault(path_string(path), {})[name] = x

@@ -15,7 +15,7 @@ Where this differs from the paper and the authors' code:
 6. Updates are scaled by `consistent_rms * sqrt(m)`; None is the paper's and the code's.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -23,14 +23,13 @@ import optax
 
 from sumo_optax import _check, _subspace
 from sumo_optax._arguments import documented
-from sumo_optax._axes import WeightDimensionNumbers
 from sumo_optax._gradient import Update, WholeGradients
 from sumo_optax._group import Rule
 from sumo_optax._linalg import above_rounding, orthonormal_columns, svd
-from sumo_optax._matrix import matrix_transformation, of_tree
+from sumo_optax._matrix import OfTree, matrix_transformation
 from sumo_optax._paths import PyTree
 from sumo_optax._rank import Rank
-from sumo_optax._with_adamw import with_adamw
+from sumo_optax._with_adamw import OfComplete, with_adamw
 
 
 class MofasgdState(NamedTuple):
@@ -49,7 +48,7 @@ class MofasgdState(NamedTuple):
     skipped: jax.Array  # updates of a matrix or leaf skipped so far, shape (), int32
 
 
-@documented()
+@documented(matrix_transformation)
 def scale_by_mofasgd(
     rank: Rank = 0.25,
     *,
@@ -57,12 +56,7 @@ def scale_by_mofasgd(
     inverse_limit: jax.typing.ArrayLike | None = None,
     complement: float = 0.0,
     consistent_rms: jax.typing.ArrayLike | None = 0.5,
-    weight_dimension_numbers: WeightDimensionNumbers | None = None,
-    fallback: optax.GradientTransformation | None = None,
-    skip_nonfinite: bool = True,
-    state_dtype: jax.typing.DTypeLike | None = None,
-    metrics: bool = False,
-    seed: jax.typing.ArrayLike = 0,
+    **of_tree: Unpack[OfTree],
 ) -> optax.GradientTransformationExtraArgs:
     r"""MoFaSGD: momentum kept as a rank-r SVD, as a transformation of gradients.
 
@@ -95,10 +89,6 @@ def scale_by_mofasgd(
       An ``optax.GradientTransformationExtraArgs`` with state :class:`MofasgdState`. With
       ``optax.inject_hyperparams``, `momentum`, `inverse_limit`, `consistent_rms` and `seed` may
       change from step to step; the other arguments are static.
-
-    Raises:
-      ValueError, TypeError: an argument is outside the ranges above, or, at init, a spec does not
-        fit its leaf.
 
     Examples:
       >>> import jax.numpy as jnp, optax, sumo_optax
@@ -145,11 +135,8 @@ def scale_by_mofasgd(
             D = _with_complement(D, seen, complement)
         return D, (U, s[:, 0], V)
 
-    return matrix_transformation(
-        Rule(init, refresh_due, step, lambda m, n, r: ("mr", "r", "nr"), rank),
-        MofasgdState,
-        **of_tree(locals()),
-    )
+    rule = Rule(init, refresh_due, step, lambda m, n, r: ("mr", "r", "nr"), rank)
+    return matrix_transformation(rule, MofasgdState, **of_tree)
 
 
 def _beginning(
@@ -219,7 +206,7 @@ def _completed(columns: jax.Array, found: jax.Array, spare: jax.Array) -> jax.Ar
     return orthonormal_columns(columns + spare - columns @ (columns.mT @ spare))
 
 
-@documented(scale_by_mofasgd)
+@documented(with_adamw, scale_by_mofasgd)
 def mofasgd(
     learning_rate: optax.ScalarOrSchedule,
     rank: Rank = 0.25,
@@ -228,34 +215,9 @@ def mofasgd(
     inverse_limit: jax.typing.ArrayLike | None = None,
     complement: float = 0.0,
     consistent_rms: jax.typing.ArrayLike | None = 0.5,
-    weight_decay: jax.typing.ArrayLike = 0.0,
-    weight_decay_mask: Any = None,
-    weight_dimension_numbers: WeightDimensionNumbers | None = None,
-    adam_b1: jax.typing.ArrayLike = 0.9,
-    adam_b2: jax.typing.ArrayLike = 0.999,
-    adam_eps: jax.typing.ArrayLike = 1e-8,
-    adam_weight_decay: jax.typing.ArrayLike = 0.0,
-    adam_learning_rate: optax.ScalarOrSchedule | None = None,
-    skip_nonfinite: bool = True,
-    state_dtype: jax.typing.DTypeLike | None = None,
-    metrics: bool = False,
-    seed: jax.typing.ArrayLike = 0,
+    **shared: Unpack[OfComplete],
 ) -> optax.GradientTransformationExtraArgs:
     r"""A complete optimizer: MoFaSGD for matrices and AdamW for all other leaves.
-
-    .. math:: W \leftarrow W - \eta \, (D + \lambda W)
-
-    Here :math:`\eta` is the learning rate and :math:`\lambda` the weight decay. The other
-    symbols are those of :func:`scale_by_mofasgd`.
-
-    Args:
-      learning_rate: a number or an optax schedule.
-
-    Returns:
-      An ``optax.GradientTransformationExtraArgs``. Its ``update`` needs the parameters.
-
-    Raises:
-      ValueError, TypeError: see :func:`scale_by_mofasgd`.
 
     Examples:
       >>> import jax.numpy as jnp, optax, sumo_optax
@@ -268,4 +230,5 @@ def mofasgd(
     References:
       `arXiv 2507.08091 <https://arxiv.org/abs/2507.08091>`_, Algorithm 1.
     """
-    return with_adamw(scale_by_mofasgd, **locals())
+    given = locals()
+    return with_adamw(scale_by_mofasgd, **given.pop("shared"), **given)

@@ -9,7 +9,7 @@ The step itself, and where it fills in the paper, is `_in_subspace`'s. Of what i
    none by default; the authors' code has PyTorch's AdamW there, whose decay is 0.01.
 """
 
-from typing import Any
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
@@ -18,17 +18,16 @@ import optax
 
 from sumo_optax import _check
 from sumo_optax._arguments import documented
-from sumo_optax._axes import WeightDimensionNumbers
 from sumo_optax._in_subspace import OnlinePCA, in_subspace
-from sumo_optax._matrix import of_tree
+from sumo_optax._matrix import OfTree, matrix_transformation
 from sumo_optax._rank import Rank
 from sumo_optax._view import Side
-from sumo_optax._with_adamw import with_adamw
+from sumo_optax._with_adamw import OfComplete, with_adamw
 
 _PAPERS_RATIO = 5.0  # of the learning rate of P to the main one
 
 
-@documented()
+@documented(matrix_transformation)
 def scale_by_online_subspace_descent(
     rank: Rank = 0.25,
     *,
@@ -38,12 +37,7 @@ def scale_by_online_subspace_descent(
     orthogonality_penalty: jax.typing.ArrayLike = 0.1,
     side: Side = "short",
     scale: jax.typing.ArrayLike = 1.0,
-    weight_dimension_numbers: WeightDimensionNumbers | None = None,
-    fallback: optax.GradientTransformation | None = None,
-    skip_nonfinite: bool = True,
-    state_dtype: jax.typing.DTypeLike | None = None,
-    metrics: bool = False,
-    seed: jax.typing.ArrayLike = 0,
+    **of_tree: Unpack[OfTree],
 ) -> optax.GradientTransformationExtraArgs:
     r"""Online Subspace Descent, as a transformation of gradients.
 
@@ -75,10 +69,6 @@ def scale_by_online_subspace_descent(
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with state :class:`SubspaceState`.
 
-    Raises:
-      ValueError, TypeError: an argument is outside the ranges above, or, at init, a spec does not
-        fit its leaf.
-
     Examples:
       >>> import jax.numpy as jnp, optax, sumo_optax
       >>> tx = optax.chain(
@@ -86,8 +76,7 @@ def scale_by_online_subspace_descent(
       ...     optax.scale_by_learning_rate(3e-3),
       ... )
       >>> params = {"dense": {"kernel": jnp.ones((16, 8)), "bias": jnp.ones(8)}}
-      >>> state = tx.init(params)
-      >>> updates, state = tx.update(params, state, params)
+      >>> updates, state = tx.update(params, tx.init(params), params)
 
     References:
       `arXiv 2408.12857 <https://arxiv.org/abs/2408.12857>`_, Algorithm 1 and section 4.
@@ -99,18 +88,14 @@ def scale_by_online_subspace_descent(
     return in_subspace(
         optax.scale_by_adam() if inner is None else inner,
         rank,
-        basis="randomized_svd",
         online_pca=OnlinePCA(basis_optimizer, basis_learning_rate, orthogonality_penalty),
-        refresh_every=1,
-        stagger=False,
         side=side,
-        transport=False,
         scale=scale,
-        **of_tree(locals()),
+        **of_tree,
     )
 
 
-@documented(scale_by_online_subspace_descent)
+@documented(with_adamw, scale_by_online_subspace_descent)
 def online_subspace_descent(
     learning_rate: optax.ScalarOrSchedule,
     rank: Rank = 0.25,
@@ -121,37 +106,14 @@ def online_subspace_descent(
     orthogonality_penalty: jax.typing.ArrayLike = 0.1,
     side: Side = "short",
     scale: jax.typing.ArrayLike = 1.0,
-    weight_decay: jax.typing.ArrayLike = 0.0,
-    weight_decay_mask: Any = None,
-    weight_dimension_numbers: WeightDimensionNumbers | None = None,
-    adam_b1: jax.typing.ArrayLike = 0.9,
-    adam_b2: jax.typing.ArrayLike = 0.999,
-    adam_eps: jax.typing.ArrayLike = 1e-8,
-    adam_weight_decay: jax.typing.ArrayLike = 0.0,
-    adam_learning_rate: optax.ScalarOrSchedule | None = None,
-    skip_nonfinite: bool = True,
-    state_dtype: jax.typing.DTypeLike | None = None,
-    metrics: bool = False,
-    seed: jax.typing.ArrayLike = 0,
+    **shared: Unpack[OfComplete],
 ) -> optax.GradientTransformationExtraArgs:
     r"""A complete optimizer: Online Subspace Descent for matrices, AdamW for all other leaves.
 
-    .. math:: W \leftarrow W - \eta \, (D + \lambda W)
-
-    Here :math:`\eta` is the learning rate and :math:`\lambda` the weight decay. The other
-    symbols are those of :func:`scale_by_online_subspace_descent`.
-
     Args:
-      learning_rate: a number or an optax schedule.
       basis_learning_rate: a schedule, or a number >= 0. If `learning_rate` is a schedule, the
         number is the rate at the peak of this schedule and follows its shape; the peak must come
         before step 10 million. None means five times `learning_rate`.
-
-    Returns:
-      An ``optax.GradientTransformationExtraArgs``. Its ``update`` needs the parameters.
-
-    Raises:
-      ValueError, TypeError: see :func:`scale_by_online_subspace_descent`.
 
     Examples:
       >>> import jax.numpy as jnp, optax, sumo_optax
@@ -166,7 +128,8 @@ def online_subspace_descent(
       ``**sumo_optax.presets.ONLINE_SUBSPACE_DESCENT`` gives this algorithm.
     """
     basis_learning_rate = _basis_rate(learning_rate, basis_learning_rate)
-    return with_adamw(scale_by_online_subspace_descent, **locals())
+    given = locals()
+    return with_adamw(scale_by_online_subspace_descent, **given.pop("shared"), **given)
 
 
 def _basis_rate(

@@ -73,6 +73,17 @@ def path_string(names: Path) -> str:
     return "/".join(names) or "(the root)"
 
 
+def few(words: list[str], joint: str = ", ") -> str:
+    """The first five, and how many more there are."""
+    return joint.join(words[:5] + ([f"and {len(words) - 5} more"] if len(words) > 5 else []))
+
+
+def nodes_of(tree: PyTree, *kinds: Any) -> list[Any]:
+    """The nodes of these types in a tree, the outermost alone."""
+    is_node = lambda x: isinstance(x, kinds)
+    return list(filter(is_node, jax.tree.leaves(tree, is_leaf=is_node)))
+
+
 def _walk(node: Any, path: Path, nodes: tuple[Any, ...], is_leaf) -> Iterator[Leaf]:
     if is_leaf is not None and is_leaf(node):
         yield Leaf(path, node, nodes)

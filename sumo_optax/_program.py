@@ -99,11 +99,8 @@ class Scan(NamedTuple):
         return core.jaxpr_as_fun(self.body)(*inputs)
 
     def slices(self) -> list[jax.ShapeDtypeStruct]:
-        return [_shape(x.aval) for x in self.body.jaxpr.invars[self.consts + self.carry :]]
-
-
-def _shape(aval: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=getattr(aval, "sharding", None))
+        avals = [x.aval for x in self.body.jaxpr.invars[self.consts + self.carry :]]
+        return [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in avals]
 
 
 class Uses(NamedTuple):

@@ -15,23 +15,13 @@ from sumo_optax import _check
 from sumo_optax._few_bits import Code, decoded, encoded
 from sumo_optax._group import Rule
 from sumo_optax._layout import as_fits
-from sumo_optax._paths import PyTree
+from sumo_optax._paths import PyTree, nodes_of
 
 _LEAST_SIZE = 1024  # smaller arrays are not worth it
 # Names that optax gives to means of gradients, and to means or sums of squares.
 _MEANS = {"mu", "trace", "m", "m1", "m2"}
-_SQUARES = {
-    "nu",
-    "nu_max",
-    "v",
-    "v_row",
-    "v_col",
-    "n",
-    "e_g",
-    "e_x",
-    "exp_avg_sq",
-    "sum_of_squares",
-}
+_SQUARES = {"nu", "nu_max", "v", "v_row", "v_col", "n", "e_g", "e_x", "exp_avg_sq"}
+_SQUARES |= {"sum_of_squares"}
 # Those of these mean something else.
 _OTHERS = (optax.ScaleByAdanState, optax.ScaleBySM3State)
 
@@ -199,11 +189,10 @@ def dequantized(tree: PyTree) -> PyTree:
     return jax.tree.map(floats, tree, is_leaf=_is_held)
 
 
-def quantized(tree: PyTree, bits: int, axis: int, squares: bool, nearest: bool) -> Quantized:
-    given = {"axis": axis, "squares": squares, "nearest": nearest}
-    encode = functools.partial(encoded, bits=bits, **given)
-    pairs = jax.tree.map(lambda x: as_fits(encode, x, jnp.zeros([], jnp.int32)), tree)
-    return _of_pairs(pairs, **given)
+def quantized(x: jax.Array, bits: int, axis: int, squares: bool, nearest: bool) -> Quantized:
+    encode = functools.partial(encoded, bits=bits, axis=axis, squares=squares, nearest=nearest)
+    code = as_fits(encode, x, jnp.zeros([], jnp.int32))
+    return Quantized(code.values, code.largest, axis, squares, nearest)
 
 
 def requantized(tree: PyTree, like: PyTree, t: jax.Array | None = None) -> PyTree:
@@ -216,21 +205,17 @@ def requantized(tree: PyTree, like: PyTree, t: jax.Array | None = None) -> PyTre
             return QuantizedState(like.count, *_apart(requantized(tree, _together(like), t)))
         if not _is_quantized(like):
             return tree
-
-        given = {"axis": like.axis, "squares": like.squares, "nearest": like.nearest}
+        how = {"axis": like.axis, "squares": like.squares, "nearest": like.nearest}
 
         def encode(old, x):
             bits = 4 if old.dtype == jnp.uint8 else 8
-            return as_fits(functools.partial(encoded, bits=bits, **given), x, t)
+            return as_fits(functools.partial(encoded, bits=bits, **how), x, t)
 
-        return _of_pairs(jax.tree.map(encode, like.values, tree), **given)
+        codes = jax.tree.map(encode, like.values, tree)
+        part = lambda i: jax.tree.map(lambda x: x[i], codes, is_leaf=lambda x: isinstance(x, Code))
+        return Quantized(part(0), part(1), **how)
 
     return jax.tree.map(of, like, tree, is_leaf=_is_held)
-
-
-def _of_pairs(pairs: PyTree, **given: Any) -> Quantized:
-    of = lambda f: jax.tree.map(f, pairs, is_leaf=lambda x: isinstance(x, Code))
-    return Quantized(of(lambda x: x.values), of(lambda x: x.largest), **given)
 
 
 def _is_quantized(x: Any) -> bool:
@@ -267,8 +252,7 @@ def _are_squares(path: tuple[Any, ...]) -> bool:
 
 
 def _refuse_others(state: PyTree) -> None:
-    is_other = lambda x: isinstance(x, _OTHERS)
-    for x in filter(is_other, jax.tree.leaves(state, is_leaf=is_other)):
+    for x in nodes_of(state, *_OTHERS):
         raise ValueError(
             f"quantize_state needs optax's names for means and squares, but the fields of"
             f" {type(x).__name__} have other names"

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +15,6 @@ Basis = Literal["tracking", "randomized_svd", "svd", "random"]
 # Of a randomised refresh: iterations, two products each, and how much of its start is random.
 _ITERATIONS = 2
 _RANDOM_PART = 0.3
-
-
-def check_basis(basis: str) -> None:
-    if basis not in get_args(Basis):
-        raise ValueError(f"basis must be one of {get_args(Basis)}, got {basis!r}")
 
 
 def start(m: int, r: int, dtype: jnp.dtype, key: jax.Array, basis: Basis) -> jax.Array:

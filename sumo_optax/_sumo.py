@@ -16,7 +16,7 @@ Where this differs from the paper, or fills in what it leaves open:
 7. Where no gradient has given a basis yet, the next one does, whatever the interval.
 """
 
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, Unpack, get_args
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,6 @@ import optax
 
 from sumo_optax import _check, _subspace
 from sumo_optax._arguments import documented
-from sumo_optax._axes import WeightDimensionNumbers
 from sumo_optax._gradient import Update, WholeGradients
 from sumo_optax._group import Rule
 from sumo_optax._linalg import (
@@ -34,11 +33,11 @@ from sumo_optax._linalg import (
     largest_entry,
     polar_factor,
 )
-from sumo_optax._matrix import matrix_transformation, of_tree
+from sumo_optax._matrix import OfTree, matrix_transformation
 from sumo_optax._paths import PyTree
 from sumo_optax._rank import Rank
 from sumo_optax._view import Side
-from sumo_optax._with_adamw import with_adamw
+from sumo_optax._with_adamw import OfComplete, with_adamw
 
 Residual = Literal["gradient", "scaled", "orthogonal"] | None
 
@@ -61,7 +60,7 @@ class SumoState(NamedTuple):
     skipped: jax.Array  # updates of a matrix or leaf skipped so far, shape (), int32
 
 
-@documented()
+@documented(matrix_transformation)
 def scale_by_sumo(
     rank: Rank = 0.25,
     *,
@@ -76,12 +75,7 @@ def scale_by_sumo(
     polar: PolarMethod = "auto",
     basis: _subspace.Basis = "tracking",
     side: Side = "short",
-    weight_dimension_numbers: WeightDimensionNumbers | None = None,
-    fallback: optax.GradientTransformation | None = None,
-    skip_nonfinite: bool = True,
-    state_dtype: jax.typing.DTypeLike | None = None,
-    metrics: bool = False,
-    seed: jax.typing.ArrayLike = 0,
+    **of_tree: Unpack[OfTree],
 ) -> optax.GradientTransformationExtraArgs:
     r"""SUMO: subspace-aware moment orthogonalisation, as a transformation of gradients.
 
@@ -132,11 +126,6 @@ def scale_by_sumo(
       ``optax.inject_hyperparams``, `momentum`, `norm_growth_limit`, `consistent_rms` and `seed` may
       change from step to step; the other arguments are static.
 
-    Raises:
-      ValueError, TypeError: an argument is outside the ranges above. At init: a spec does not fit
-        its leaf, a matrix is complex, or some leaf is ambiguous and no leaf is a matrix. At update:
-        the gradients do not fit the state.
-
     Examples:
       >>> import jax.numpy as jnp, optax, sumo_optax
       >>> tx = optax.chain(
@@ -165,25 +154,13 @@ def scale_by_sumo(
     _check.number("consistent_rms", consistent_rms, above=0, optional=True)
     _check.choice("residual", residual, (*get_args(get_args(Residual)[0]), None))
     check_polar_method(polar)
-    _subspace.check_basis(basis)
+    _check.choice("basis", basis, get_args(_subspace.Basis))
     _check.choice("side", side, get_args(Side))
 
-    of_stack = _Sumo(
-        refresh_every,
-        refresh_below,
-        momentum,
-        nesterov,
-        residual,
-        norm_growth_limit,
-        consistent_rms,
-        polar,
-        basis,
-    )
-    return matrix_transformation(
-        of_stack.rule(rank, side, stagger),
-        SumoState,
-        **of_tree(locals()),
-    )
+    arguments = locals()
+    of_stack = _Sumo(*(arguments[name] for name in _Sumo._fields))
+    rule = of_stack.rule(rank, side, stagger)
+    return matrix_transformation(rule, SumoState, **of_tree)
 
 
 class _Sumo(NamedTuple):
@@ -300,7 +277,7 @@ def _limited(
     return factor[:, None, None], allowed
 
 
-@documented(scale_by_sumo)
+@documented(with_adamw, scale_by_sumo)
 def sumo(
     learning_rate: optax.ScalarOrSchedule,
     rank: Rank = 0.25,
@@ -316,38 +293,13 @@ def sumo(
     polar: PolarMethod = "auto",
     basis: _subspace.Basis = "tracking",
     side: Side = "short",
-    weight_decay: jax.typing.ArrayLike = 0.0,
-    weight_decay_mask: Any = None,
-    weight_dimension_numbers: WeightDimensionNumbers | None = None,
-    adam_b1: jax.typing.ArrayLike = 0.9,
-    adam_b2: jax.typing.ArrayLike = 0.999,
-    adam_eps: jax.typing.ArrayLike = 1e-8,
-    adam_weight_decay: jax.typing.ArrayLike = 0.0,
-    adam_learning_rate: optax.ScalarOrSchedule | None = None,
-    skip_nonfinite: bool = True,
-    state_dtype: jax.typing.DTypeLike | None = None,
-    metrics: bool = False,
-    seed: jax.typing.ArrayLike = 0,
+    **shared: Unpack[OfComplete],
 ) -> optax.GradientTransformationExtraArgs:
     r"""A complete optimizer: SUMO for matrices and AdamW for all other leaves.
-
-    .. math:: W \leftarrow W - \eta \, (D + \lambda W)
-
-    Here :math:`\eta` is the learning rate and :math:`\lambda` the weight decay. The other
-    symbols are those of :func:`scale_by_sumo`.
 
     On a byte-level LLaMA with 0.86M parameters, these settings trained best: learning rate 3e-3,
     AdamW's best; `adam_learning_rate` 5e-3; warm-up and cosine decay; clipping by the global norm
     before the optimizer. With ``residual="orthogonal"`` the best scale there is `consistent_rms` 2.
-
-    Args:
-      learning_rate: a number or an optax schedule.
-
-    Returns:
-      An ``optax.GradientTransformationExtraArgs``. Its ``update`` needs the parameters.
-
-    Raises:
-      ValueError, TypeError: as :func:`scale_by_sumo`.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, sumo_optax
@@ -364,4 +316,5 @@ def sumo(
     References:
       `arXiv 2505.24749 <https://arxiv.org/abs/2505.24749>`_, Algorithm 1.
     """
-    return with_adamw(scale_by_sumo, **locals())
+    given = locals()
+    return with_adamw(scale_by_sumo, **given.pop("shared"), **given)

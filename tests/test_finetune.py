@@ -173,10 +173,8 @@ def test_dropout_depends_on_its_key_alone(files):
 def test_lora_starts_as_the_model_and_trains_addends_and_heads_alone(files):
     shape = bert.read_config(files / "bert")
     batch = {name: jnp.ones((2, 6), int) for name in ("tokens", "types", "mask")}
-    argv = ["--model", str(files / "bert"), "--rank", "3", "--optimizer"]
-    plain, lora = (finetune.parse([*argv, name]) for name in ("sumo", "lora"))
-    weights, expected = finetune.model(files / "bert", shape, 2, plain)
-    params, logits = finetune.model(files / "bert", shape, 2, lora)
+    weights, expected = finetune.model(files / "bert", shape, 2, seed=0, rank=None)
+    params, logits = finetune.model(files / "bert", shape, 2, seed=0, rank=3)
     np.testing.assert_array_equal(logits(params, batch), expected(weights, batch))
     matrices = 2 * (4 * (16 + 16) + 2 * (16 + 24)) * 3
     assert sum(x.size for x in jax.tree.leaves(params)) == matrices + 17 * 16 + 17 * 2
@@ -334,7 +332,7 @@ def refused(capsys, code: int, *words: str) -> None:
     "arguments, words",
     [
         ("--task mrpc", ["train.tsv", "'#1 String'", "sentence1"]),
-        ("--optimizer adamw --rank 4", ["adamw has no --rank"]),
+        ("--optimizer adamw --rank 4", ["adamw has no 'rank'"]),
         ("--rank 0", ["--rank", "at least 1"]),
         ("--optimizer lora --rank 0.5", ["lora", "integer", "--rank", "0.5"]),
         ("--length 21", ["--length 21", "20 positions"]),

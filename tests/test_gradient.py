@@ -33,7 +33,9 @@ def in_leaves(stack, transposed):
 
 
 def stored(G, transposed):
-    return WholeGradients.of(in_leaves(G, transposed), transposed=transposed)
+    leaves = in_leaves(G, transposed)
+    batches = [x.shape[:-2] for x in leaves]
+    return WholeGradients(batches, transposed, leaves[0].dtype, None, leaves)
 
 
 def test_products_are_those_of_each_matrix(transposed):

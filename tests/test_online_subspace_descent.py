@@ -82,7 +82,7 @@ def test_closed_form_gradient_is_that_of_the_loss(shape, rho):
         gram = P.T @ P - jnp.eye(RANK)
         return jnp.sum((P @ P.T @ g - g) ** 2) + rho * jnp.sum(gram**2)
 
-    whole = WholeGradients.of([G[None]])
+    whole = WholeGradients([(1,)], [False], G.dtype, None, [G[None]])
     closed, norm = _subspace.online_pca_gradient(whole, P[None], (P.T @ G)[None], rho)
     np.testing.assert_allclose(norm.item(), np.linalg.norm(G), rtol=1e-6)
     assert relative(closed[0], jax.grad(loss)(P)) < 1e-5  # float32

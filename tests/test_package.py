@@ -1,5 +1,6 @@
 """What a package index and a type checker see."""
 
+import ast
 import inspect
 import re
 import shutil
@@ -92,6 +93,16 @@ def test_the_source_distribution_can_test_itself():
     assert read <= {*held, "pyproject.toml"}
 
 
+def test_no_function_is_longer_than_60_lines():
+    """Its docstring does not count."""
+    for path in (*(ROOT / "sumo_optax").glob("*.py"), *(ROOT / "examples").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                doc = len((ast.get_docstring(node, clean=False) or "").splitlines())
+                length = node.end_lineno - node.lineno + 1 - doc
+                assert length <= 60, f"{path}:{node.lineno} {node.name} has {length} lines"
+
+
 FUNCTIONS = [x for x in vars(sumo_optax).values() if inspect.isfunction(inspect.unwrap(x))]
 
 
@@ -105,6 +116,13 @@ def test_every_argument_is_documented_once_and_in_order(function):
     names = re.findall(r"(?m)^  (\w[\w, ]*): ", listed)
     documented = [name for group in names for name in group.split(", ")]
     assert documented == list(inspect.signature(function).parameters)
+
+
+def test_a_mistyped_argument_names_the_function_that_was_called():
+    with pytest.raises(TypeError, match=r"^sumo\(\) got an unexpected .* 'momentun'"):
+        sumo_optax.sumo(1e-2, momentun=0.9)
+    with pytest.raises(TypeError, match=r"^scale_by_mofasgd\(\) got an unexpected .* 'seeds'"):
+        sumo_optax.scale_by_mofasgd(4, seeds=1)
 
 
 @pytest.mark.slow

@@ -54,11 +54,12 @@ Examples = dict[str, np.ndarray]
 Rows = tuple[list[tuple[str, ...]], np.ndarray]  # one or two texts each; labels or scores
 
 
-def load(name: str, data: Path | None) -> Iterator[Rows]:
+def load(name: str, data: str | Path | None) -> Iterator[Rows]:
     """Rows to train on and to validate with, of a folder of TSV files or else of the hub."""
     task, matched = TASKS[name], "_matched" if name == "mnli" else ""
     if data is not None:
-        yield from (read_tsv(task, data / f"{file}.tsv") for file in ("train", f"dev{matched}"))
+        yield read_tsv(task, Path(data, "train.tsv"))
+        yield read_tsv(task, Path(data, f"dev{matched}.tsv"))
         return
     import datasets  # takes seconds
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import tyro
 from flax import nnx
 
 
@@ -18,15 +19,15 @@ from flax import nnx
 class LlamaConfig:
     """The shape of a model; of a preset also how long it trains on what."""
 
-    width: int
-    hidden: int
-    heads: int
-    layers: int
-    length: int = 0
-    batch: int = 0
-    steps: int = 0
-    vocab: int = 256
-    scan_layers: bool = False
+    width: int  # Width of the model.
+    hidden: int  # Hidden width of SwiGLU.
+    heads: int  # Attention heads.
+    layers: int  # Blocks.
+    length: int = 0  # Tokens in a window.
+    batch: int = 0  # Windows in a step.
+    steps: int = 0  # Steps to train.
+    scan_layers: bool = False  # Stack the blocks: one compilation for all of them.
+    vocab: tyro.conf.Suppress[int] = 256
 
 
 # `tiny` is for a laptop, the others are GaLore's (arXiv 2403.03507, appendix C).

@@ -1,14 +1,16 @@
 """Devices of a mesh (data, fsdp, tensor parallel), and processes as job schedulers start them."""
 
+import dataclasses
 import math
 import os
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
 import optax
+from common.options import default
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -17,6 +19,20 @@ import sumo_optax
 AXES = ("data", "fsdp", "tensor")
 # What ends a block splits its inputs over `tensor`, so that a block needs one sum over it.
 INPUTS_OVER_TENSOR = ("o_proj", "down_proj", "embed_tokens")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Where it is trained."""
+
+    # How devices share the work: data=N,fsdp=N,tensor=N.
+    mesh: Annotated[str | None, default("one device")] = None
+    # HOST:PORT of the first process.
+    coordinator: Annotated[str | None, default("a job scheduler's")] = None
+    # How many processes there are.
+    processes: Annotated[int | None, default("a job scheduler's")] = None
+    # Which of them this is, from 0.
+    process: Annotated[int | None, default("a job scheduler's")] = None
 
 
 def parse(text: str | None) -> Mesh:
@@ -84,9 +100,4 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
 
 leads = lambda: jax.process_index() == 0  # and alone prints and writes
 all_agree = lambda yes: bool(np.all(multihost_utils.process_allgather(yes)))
-
-
-def wait(where: str) -> None:
-    """Returns when all processes are there."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(where)
+wait = multihost_utils.sync_global_devices  # until all processes are there; says where

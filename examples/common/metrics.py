@@ -8,25 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from common import mesh
-from common.run_folder import RunOptions
 from matplotlib.figure import Figure
 
 Rows = list[dict[str, Any]]  # each with its `step`
 
-# What is drawn where it is logged: its label and scale.
-PANELS = {
-    "loss": ("loss", "linear"),
-    "captured": ("gradient energy foreseen", "linear"),
-    "rotation": ("rotation of the basis", "linear"),
-    "condition_number": ("condition of the worst moment", "log"),
-    "effective_rank": ("effective rank, mean", "linear"),
-}
+# What is drawn where it is logged.
+PANELS = ("loss", "captured", "rotation", "condition_number", "effective_rank")
 
 
 class Metrics(contextlib.ExitStack):
     """One JSON object a line, one line a step; goes on after the step `start`."""
 
-    def __init__(self, out: Path, start: int, options: RunOptions, record: Mapping[str, Any]):
+    def __init__(self, out: Path, start: int, options: Any, record: Mapping[str, Any]):
         super().__init__()
         self.path, self.rows, self.boards = out / "metrics.jsonl", Rows(), []
         if not mesh.leads():
@@ -72,5 +65,6 @@ def plot(rows: Rows, path: Path) -> None:
         for key, style in ((name, "-"), (f"validation_{name}", "o-")):
             seen = [row for row in rows if key in row]
             axes.plot([row["step"] for row in seen], [row[key] for row in seen], style)
-        axes.set(xlabel="step", ylabel=PANELS[name][0], yscale=PANELS[name][1])
+        scale = "log" if name == "condition_number" else "linear"
+        axes.set(xlabel="step", ylabel=name.replace("_", " "), yscale=scale)
     figure.savefig(path, dpi=150)

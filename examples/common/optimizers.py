@@ -6,15 +6,14 @@ import dataclasses
 import inspect
 import itertools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import jax
 import optax
 import tyro
+from common.options import default
 
 import sumo_optax
-
-Name = Literal["sumo", "online_subspace_descent", "mofasgd", "galore", "muon", "adamw"]
 
 # name: learning rate, and that of the Adam for leaves that are no matrices; the first was swept for
 # `tiny` by benchmarks/convergence.py.
@@ -27,22 +26,14 @@ LEARNING_RATES = {
     "adamw": (3e-3, 3e-3),
 }
 
-# Those that read no more than projected gradients between refreshes, and the form in which they do.
-SUBSPACE_GRADIENTS: dict[str, dict[str, Any]] = {
-    "sumo": {"basis": "randomized_svd", "side": "long", "residual": None, "refresh_every": 200},
-    "mofasgd": {},
-}
 
-
-def default(what: str) -> Any:
-    """What the help says of an option that is None where it is not given."""
-    return tyro.conf.arg(help_behavior_hint=f"(default: {what})")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Options:
-    """Of the optimizer that is chosen; where none is given, its own."""
+    """What trains it."""
 
+    # One of sumo, online_subspace_descent, mofasgd, galore, muon and adamw; to fine-tune also
+    # lora: AdamW on an addend of low rank to each matrix.
+    optimizer: str = "sumo"
     # Peak of the schedule.
     learning_rate: Annotated[float | None, default("the optimizer's")] = None
     # That of Adam, for leaves that are no matrices.
@@ -69,23 +60,19 @@ def is_matrix(path: jax.tree_util.KeyPath) -> bool:
 
 
 def muon(learning_rate, *, beta=0.95, adam_learning_rate, weight_decay):
-    """Muon for the projections, AdamW for the rest."""
-    spec = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
-    of_leaf = lambda path, _: spec if is_matrix(path) else None
+    """Muon for the matrices that sumo_optax finds, AdamW for the rest."""
     return optax.contrib.muon(
         learning_rate,
         beta=beta,
         weight_decay=weight_decay,
         adam_learning_rate=adam_learning_rate,
         adam_weight_decay=weight_decay,
-        muon_weight_dimension_numbers=lambda params: jax.tree.map_with_path(of_leaf, params),
+        muon_weight_dimension_numbers=sumo_optax.flax_dimension_numbers,
     )
 
 
 def galore(learning_rate, *, rank, refresh_every=200, adam_learning_rate, weight_decay):
     """GaLore for the projections, AdamW for the rest."""
-    if not isinstance(rank, int):
-        raise ValueError(f"galore of optax takes an integer as its --rank, got {rank}")
 
     def label(path, leaf):
         if is_matrix(path) and leaf.ndim != 2:
@@ -93,14 +80,30 @@ def galore(learning_rate, *, rank, refresh_every=200, adam_learning_rate, weight
         return "galore" if is_matrix(path) else "adamw"
 
     of_matrices = optax.contrib.galore(
-        learning_rate, rank=rank, update_proj_gap=refresh_every, weight_decay=weight_decay
+        learning_rate,
+        rank=integer("galore of optax", rank),
+        update_proj_gap=refresh_every,
+        weight_decay=weight_decay,
     )
     rest = optax.adamw(adam_learning_rate, weight_decay=weight_decay)
     labels = lambda params: jax.tree.map_with_path(label, params)
     return optax.partition({"galore": of_matrices, "adamw": rest}, labels)
 
 
-OPTAX: dict[str, Any] = {"galore": galore, "muon": muon, "adamw": optax.adamw}
+def lora(learning_rate, *, rank, b1=0.9, b2=0.999, eps=1e-8, weight_decay):
+    """AdamW; the addends, of this rank, are the model's."""
+    integer("lora", rank)
+    return optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay)
+
+
+def integer(name: str, rank: int | float) -> int:
+    """A rank that must not be a fraction."""
+    if not isinstance(rank, int):
+        raise ValueError(f"{name} takes an integer as its --rank, got {rank}")
+    return rank
+
+
+OPTAX: dict[str, Any] = {"galore": galore, "muon": muon, "adamw": optax.adamw, "lora": lora}
 
 find: Any = lambda name: OPTAX.get(name) or getattr(sumo_optax, name)
 
@@ -118,30 +121,23 @@ def parse(settings: Iterable[str]) -> dict[str, Any]:
 
 
 def complete(
-    name: str,
-    given: Options,
-    rank: int,
-    subspace_gradients: bool = False,
+    given: Any,
+    defaults: Mapping[str, Any],
     rates: Mapping[str, tuple[float, float]] = LEARNING_RATES,
 ) -> dict[str, Any]:
-    """What is given or set, and defaults for the rest; refuses what the optimizer does not have."""
+    """The optimizer's arguments: what is given or set, and `defaults` and rates for the rest."""
+    options = {field.name: getattr(given, field.name) for field in dataclasses.fields(Options)}
+    name, settings = options.pop("optimizer"), options.pop("set")
     if name not in rates:
         raise ValueError(f"--optimizer must be one of {', '.join(rates)}, got {name!r}")
     accepted = inspect.signature(find(name)).parameters
-    options = {field.name: getattr(given, field.name) for field in dataclasses.fields(Options)}
-    settings = parse(itertools.chain.from_iterable(options.pop("set")))
-    chosen = {option: value for option, value in options.items() if value is not None}
+    chosen = {option: x for option, x in options.items() if x is not None}
+    chosen |= parse(itertools.chain.from_iterable(settings))
     for option in chosen.keys() - accepted:
-        raise ValueError(f"{name} has no --{option.replace('_', '-')}; leave it out")
-    for option in settings.keys() - accepted:
-        raise ValueError(f"{name} has no {option!r} to --set, but {', '.join(accepted)}")
-    if subspace_gradients and name not in SUBSPACE_GRADIENTS:
-        names = " and ".join(SUBSPACE_GRADIENTS)
-        raise ValueError(f"{name} has no --subspace-gradients; {names} have")
+        raise ValueError(f"{name} has no {option!r}, but {', '.join(accepted)}")
     known = dict(zip(("learning_rate", "adam_learning_rate"), rates[name], strict=True))
-    known |= {"rank": rank, "weight_decay": 0.0}
-    known |= SUBSPACE_GRADIENTS[name] if subspace_gradients else {}
-    return {option: x for option, x in known.items() if option in accepted} | chosen | settings
+    known |= {"weight_decay": 0.0, **defaults}
+    return {option: x for option, x in known.items() if option in accepted} | chosen
 
 
 def create(

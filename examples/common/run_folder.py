@@ -15,7 +15,8 @@ from typing import Annotated, Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from common import mesh, optimizers
+from common import mesh
+from common.options import default
 
 import sumo_optax
 
@@ -27,25 +28,38 @@ hook = sys.unraisablehook
 sys.unraisablehook = lambda x: None if "loop is closed" in str(x.exc_value) else hook(x)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RunOptions:
-    """What is written, and where."""
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is written."""
 
     # Folder to write to.
-    out: Annotated[Path | None, optimizers.default("a new one in runs/")] = None
+    out: Annotated[Path | None, default("a new one in runs/")] = None
     resume: bool = False  # Go on from the last checkpoint.
     overwrite: bool = False  # Delete the run in the folder first.
+    # Steps between two validations.
+    eval_every: Annotated[int | None, default("a tenth of all; an epoch to fine-tune")] = None
+    # Steps between two checkpoints.
+    save_every: Annotated[int | None, default("a tenth of all; an epoch to fine-tune")] = None
     tensorboard: bool = False  # Write the metrics for TensorBoard, too, into OUT/tensorboard.
     # Send the metrics to this project of Weights & Biases, too.
-    wandb: Annotated[str | None, optimizers.default("none")] = None
+    wandb: Annotated[str | None, default("none")] = None
 
 
-def choose(options: RunOptions, default: Path) -> Path:
+# What a resumed run may be given otherwise; what is set is among the optimizer's arguments.
+FREE = {"set", *vars(mesh.Options()), *vars(Options())}
+
+
+def record(options: Any, more: dict[str, Any]) -> dict[str, Any]:
+    """What makes a run this run, as JSON."""
+    return {name: x for name, x in vars(options).items() if name not in FREE} | more
+
+
+def choose(options: Any, name: str) -> Path:
     """The folder to write to; refuses options that make no sense, those of a program too."""
-    for name, value in vars(options).items():
-        least = 1 if type(value) is int and name not in ("seed", "process") else 0
+    for option, value in vars(options).items():
+        least = 1 if type(value) is int and option not in ("seed", "process") else 0
         if type(value) in (int, float) and not value >= least:
-            flag = f"--{name.replace('_', '-')}"
+            flag = f"--{option.replace('_', '-')}"
             raise ValueError(f"{flag} must be at least {least}, got {value}")
     for asked, library in ((options.tensorboard, "tensorboardX"), (options.wandb, "wandb")):
         if asked:
@@ -53,9 +67,9 @@ def choose(options: RunOptions, default: Path) -> Path:
     if options.resume and options.overwrite:
         raise ValueError("--resume and --overwrite exclude each other; give one of them")
     if (out := options.out) is None:
-        name = lambda i: default.with_name(f"{default.name}-{i}") if i > 1 else default
-        free = next(i for i in itertools.count(1) if not holds_run(name(i)))
-        out = default if options.overwrite else name(free - options.resume)
+        folder = lambda i: Path("runs", f"{name}-{i}" if i > 1 else name)
+        free = next(i for i in itertools.count(1) if not holds_run(folder(i)))
+        out = folder(1 if options.overwrite else free - options.resume)
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; name a folder")
     if options.resume and not holds_run(out):

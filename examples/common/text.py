@@ -5,15 +5,17 @@ length + 1 tokens in a row: all but the last are inputs, all but the first targe
 """
 
 import contextlib
+import dataclasses
 import sysconfig
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import grain
 import numpy as np
 import tokenizers
+from common.options import default
 
 # What is in the standard library's folder but is not the library.
 SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -21,6 +23,17 @@ END = "\0"  # of a document: no text holds it
 CONFIGS = {"allenai/c4": "en"}  # of data sets that want one: that of the GaLore protocol
 SAMPLE = 10_000  # documents of a stream that a tokenizer learns from
 HELD_OUT = 1_000  # those that it validates with
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What it learns from."""
+
+    # Text file, folder or hf:NAME[:CONFIG].
+    data: Annotated[str | None, default("Python's standard library")] = None
+    tokenizer: str = "bytes"  # What makes tokens of text: bytes or bpe:SIZE.
+    eval_windows: int = 256  # Windows of the validation text to validate with.
+    seed: int = 0  # Of the initial parameters and the order of the data.
 
 
 class Tokenizer:
@@ -56,8 +69,8 @@ def make_tokenizer(spec: str, texts: Iterable[str]) -> Tokenizer:
     return Tokenizer(tokenizers.Tokenizer.from_str(bpe.to_str()))
 
 
-def load(options: Any, earlier: Path | None) -> tuple[Tokenizer, Any, np.ndarray]:
-    """Tokenizer, `earlier`'s if there is one, batches and validation windows for pretrain.py."""
+def load(options: Any, earlier: Path) -> tuple[Tokenizer, Any, np.ndarray]:
+    """Tokenizer, that of `earlier` to resume it, batches and validation windows for pretrain.py."""
     rows, data, length = None, options.data, options.length
     if data and data.startswith("hf:"):
         rows, validation = stream(data[3:])
@@ -65,8 +78,9 @@ def load(options: Any, earlier: Path | None) -> tuple[Tokenizer, Any, np.ndarray
     else:
         training, validation = split(read(Path(data) if data else None))
     tokenizer = None
-    with contextlib.suppress(Exception):  # there is none, or a kill has left half of it
-        tokenizer = Tokenizer(tokenizers.Tokenizer.from_file(str(earlier)))
+    if options.resume:
+        with contextlib.suppress(Exception):  # there is none, or a kill has left half of it
+            tokenizer = Tokenizer(tokenizers.Tokenizer.from_file(str(earlier)))
     tokenizer = tokenizer or make_tokenizer(options.tokenizer, training)
     if rows is not None:
         batches = Stream(rows, tokenizer.encode, options)

@@ -8,12 +8,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import optax
 from common import mesh, metrics, optimizers
-from common.run_folder import Checkpoints, OtherRun, RunOptions
+from common.run_folder import Checkpoints, OtherRun
 from tqdm import tqdm
 
 import sumo_optax
@@ -29,31 +29,39 @@ class State(NamedTuple):
     optimizer: Any
 
 
+Logged = dict[str, jax.Array]
 # From the number of the step, from 1, the state and a batch: the next state and what to log of it.
-Step = Callable[[int, State, Any], tuple[State, Mapping[str, jax.Array]]]
-
-
+Step = Callable[[int, State, Any], tuple[State, Logged]]
 Place = tuple[int, State, float]  # the number of the step, after it, and the seconds of training
 
 
-class Run(NamedTuple):
+class Run(Protocol):
     """All that training needs, with nothing written yet."""
 
+    config: Any  # the program's options
     out: Path
-    options: RunOptions
     record: Mapping[str, Any]  # what makes this run this run, as JSON
     tx: optax.GradientTransformation
     steps: int
-    eval_every: int
-    save_every: int
+    every: int  # steps between two validations, and two checkpoints, if none are given
     units: tuple[int, str]  # of a step: 2048, "tokens"
     batches: Any  # an iterator with get_state and set_state, as those of grain
-    init: Callable[[], State]
     state: State  # shapes, dtypes and shardings of what `init` gives
-    loss: Callable[..., jax.Array]  # of parameters and a batch
-    compile: Callable[[], Step]
-    validate: Callable[[Any], dict[str, float]]  # of parameters: its figures
     write_tokenizer: Callable[[Path], None]
+
+    def params(self) -> Any: ...  # at first
+    def compile(self) -> Step: ...
+    def validate(self, params: Any) -> dict[str, float]: ...  # all its figures
+
+    def init(self) -> State:
+        params = self.params()
+        return State(params, self.tx.init(params))
+
+    def updated(self, state: State, loss: jax.Array, gradients: Any) -> tuple[State, Logged]:
+        """The state after a step, and what to log of it."""
+        updates, optimizer = self.tx.update(gradients, state.optimizer, state.params)
+        logged = {"loss": loss, "gradient_norm": optax.tree.norm(gradients)}
+        return State(optax.apply_updates(state.params, updates), optimizer), logged
 
 
 told = lambda figures: "  ".join(f"{x.replace('_', ' ')} {y:.4f}" for x, y in figures.items())
@@ -70,10 +78,7 @@ def main(prepare: Callable[[], Run]) -> int:
         count = sum(x.size for x in jax.tree.leaves(run.state.params))
         print(f"{run.out}: {count:,} parameters to train, {run.steps:,} steps\n")
         print(sumo_optax.describe(run.tx, run.state.params), end="\n\n")
-        state, seconds, rows, stopped = train(run)
-        if stopped:
-            return 128 + stopped
-        finish(run, state, seconds, rows)
+        return train(run)
     except (ValueError, TypeError, ImportError, OSError) as error:
         if run is not None and not isinstance(error, OSError | OtherRun):
             raise
@@ -82,7 +87,6 @@ def main(prepare: Callable[[], Run]) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted; --resume goes on from the last checkpoint", file=sys.stderr)
         return 128 + signal.SIGINT
-    return 0
 
 
 def finish(run: Run, state: State, seconds: float, rows: metrics.Rows) -> None:
@@ -100,58 +104,57 @@ def finish(run: Run, state: State, seconds: float, rows: metrics.Rows) -> None:
     print(f"{run.out}/: metrics.jsonl, summary.json, loss.png, checkpoints/{run.steps}")
 
 
-def train(run: Run) -> tuple[State, float, metrics.Rows, int]:
-    """Trains from the start or the last checkpoint until the end or a signal.
-
-    Gives the last state, the seconds spent on training alone, the metrics, a row a step, and the
-    signal.
-    """
+def train(run: Run) -> int:
+    """Trains from the start or the last checkpoint until the end or a signal; see `main`."""
     mesh.wait("all have looked at the folder, none has written")
-    if mesh.leads() and run.options.overwrite:
+    if mesh.leads() and run.config.overwrite:
         shutil.rmtree(run.out / "checkpoints", ignore_errors=True)
         for name in ("metrics.jsonl", "tokenizer.json", "wandb.txt"):
             (run.out / name).unlink(missing_ok=True)
     mesh.wait("the folder is clear")
     with contextlib.closing(Checkpoints(run.out, run.record)) as checkpoints:
-        restored = checkpoints.restore(run.state, run.batches) if run.options.resume else None
+        restored = checkpoints.restore(run.state, run.batches) if run.config.resume else None
         shardings = jax.tree.map(lambda x: x.sharding, run.state)
         init = jax.jit(run.init, out_shardings=shardings)
         at = restored or (0, init(), 0.0)
-        if run.options.resume:
+        if run.config.resume:
             going_on = f"going on from step {at[0]}"
             print(going_on if restored else "no checkpoint yet: starting from step 0")
         # A checkpoint comes later: who finds one finds these whole.
         if mesh.leads() and not restored:
             run.write_tokenizer(run.out / "tokenizer.json")
             (run.out / "config.json").write_text(json.dumps(run.record, indent=2) + "\n")
-        log = metrics.Metrics(run.out, at[0], run.options, run.record)
+        log = metrics.Metrics(run.out, at[0], run.config, run.record)
         with log, noted() as signals:
-            last, state, seconds = loop(run, at, log, checkpoints, signals)
-    stopped = 0
-    if last != run.steps:
-        stopped = signals[0] if signals else signal.SIGTERM
-        words = f"stopped by {stopped.name}; --resume --out {run.out} goes on from step {last}"
-        print(words, file=sys.stderr)
-    return state, seconds, log.rows, stopped
+            step, state, seconds = loop(run, at, log, checkpoints, signals)
+    if step == run.steps:
+        finish(run, state, seconds, log.rows)
+        return 0
+    stopped = signals[0] if signals else signal.SIGTERM
+    words = f"stopped by {stopped.name}; --resume --out {run.out} goes on from step {step}"
+    print(words, file=sys.stderr)
+    return 128 + stopped
 
 
 def loop(
     run: Run, at: Place, log: metrics.Metrics, checkpoints: Checkpoints, signals: Sequence[int]
 ) -> Place:
     """The steps after a place, until the end or a signal."""
-    start, state, seconds = at
-    train_step, pending, step, (size, unit) = run.compile(), [], start, run.units
+    step, state, seconds = at
+    train_step, pending, (size, unit) = run.compile(), [], run.units
+    is_due = lambda every: step % (every or run.every) == 0 or step == run.steps
     rate: Any = optimizers.schedule(run.record["learning_rate"], run.steps)
     sharding = mesh.batch_sharding(run.state)
     # Each process gives its own devices the rows they need.
     place = lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
-    numbers, begun = range(start + 1, run.steps + 1), time.perf_counter()
-    for step in (bar := tqdm(numbers, initial=start, total=run.steps, unit="step", disable=None)):
+    numbers = range(step + 1, run.steps + 1)
+    bar = tqdm(numbers, initial=step, total=run.steps, unit="step", disable=None)
+    begun = time.perf_counter()
+    for step in bar:
         state, logged = train_step(step, state, jax.tree.map(place, next(run.batches)))
         pending.append((step, logged))
-        validate = step % run.eval_every == 0 or step == run.steps
         stop = bool(signals) or checkpoints.manager.reached_preemption(step)
-        save = step % run.save_every == 0 or step == run.steps or stop
+        validate, save = is_due(run.config.eval_every), is_due(run.config.save_every) or stop
         # To look at a loss is to wait for it: not after every step.
         if not (validate or save or step % LOOK_EVERY == 0):
             continue
