@@ -29,6 +29,11 @@ def integer(name: str, value: Any, *, least: int | None = None) -> int:
     return number
 
 
+def seed(value: Any) -> None:
+    if not isinstance(value, jax.Array):
+        integer("seed", value)
+
+
 def number(
     name: str,
     value: Any,

@@ -61,8 +61,7 @@ def matrix_transformation(
     rule, dtype = _with_state(rule, state_dtype, metrics)
     others = optax.scale_by_adam() if fallback is None else fallback
     _check.transformation("fallback", others, or_else="None")
-    if not isinstance(seed, jax.Array):
-        _check.integer("seed", seed)
+    _check.seed(seed)
     others = optax.with_extra_args_support(others)
 
     def views_of(tree):
