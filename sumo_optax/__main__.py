@@ -48,6 +48,11 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
         usage=f"{parser.prog} plan (--preset NAME | --config FILE) [options]",
         allow_abbrev=False,
     )
+    _add_options(command)
+    return parser, command
+
+
+def _add_options(command: argparse.ArgumentParser) -> None:
     model = command.add_argument_group("model, one of the two")
     model = model.add_mutually_exclusive_group(required=True)
     model.add_argument("--preset", choices=PRESETS, help="a model of examples/pretrain.py")
@@ -93,7 +98,6 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     output.add_argument(
         "--json", action="store_true", help="print bytes as JSON instead of a table"
     )
-    return parser, command
 
 
 def _check_options(given: Sequence[str], *parsers: argparse.ArgumentParser) -> None:
