@@ -20,9 +20,9 @@ SUMO: Mapping[str, Any] = MappingProxyType(
         "consistent_rms": None,
     }
 )
-"""`arXiv 2505.24749 <https://arxiv.org/abs/2505.24749>`_, Algorithm 1, for :func:`~sumo_optax.sumo` and
-:func:`~sumo_optax.scale_by_sumo`. As in the paper, the basis comes from a randomised SVD; ``basis="svd"`` gives
-the exact one."""
+"""`arXiv 2505.24749 <https://arxiv.org/abs/2505.24749>`_, Algorithm 1, for
+:func:`~sumo_optax.sumo` and :func:`~sumo_optax.scale_by_sumo`. As in the paper, the basis comes
+from a randomised SVD; ``basis="svd"`` gives the exact one."""
 
 ONLINE_SUBSPACE_DESCENT: Mapping[str, Any] = MappingProxyType(
     {
@@ -45,5 +45,5 @@ MOFASGD: Mapping[str, Any] = MappingProxyType(
         "consistent_rms": None,
     }
 )
-"""`arXiv 2507.08091 <https://arxiv.org/abs/2507.08091>`_, Algorithm 1, for :func:`~sumo_optax.mofasgd` and
-:func:`~sumo_optax.scale_by_mofasgd`."""
+"""`arXiv 2507.08091 <https://arxiv.org/abs/2507.08091>`_, Algorithm 1, for
+:func:`~sumo_optax.mofasgd` and :func:`~sumo_optax.scale_by_mofasgd`."""
