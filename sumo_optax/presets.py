@@ -20,9 +20,9 @@ SUMO: Mapping[str, Any] = MappingProxyType(
         "consistent_rms": None,
     }
 )
-"""`arXiv 2505.24749 <https://arxiv.org/abs/2505.24749>`_, Algorithm 1, for :func:`sumo` and
-:func:`scale_by_sumo`. As in the paper, the basis comes from a randomised SVD; ``basis="svd"`` gives
-the exact one."""
+"""`arXiv 2505.24749 <https://arxiv.org/abs/2505.24749>`_, Algorithm 1, for
+:func:`~sumo_optax.sumo` and :func:`~sumo_optax.scale_by_sumo`. As in the paper, the basis comes
+from a randomised SVD; ``basis="svd"`` gives the exact one."""
 
 ONLINE_SUBSPACE_DESCENT: Mapping[str, Any] = MappingProxyType(
     {
@@ -33,7 +33,7 @@ ONLINE_SUBSPACE_DESCENT: Mapping[str, Any] = MappingProxyType(
     }
 )
 """`arXiv 2408.12857 <https://arxiv.org/abs/2408.12857>`_, Algorithm 1 with Adam for both and
-:math:`\\eta_P = 5 \\eta`, for :func:`online_subspace_descent`. The paper also
+:math:`\\eta_P = 5 \\eta`, for :func:`~sumo_optax.online_subspace_descent`. The paper also
 decays P: to do so, pass ``basis_optimizer=optax.chain(optax.scale_by_adam(),
 optax.add_decayed_weights(weight_decay))``."""
 
@@ -45,5 +45,5 @@ MOFASGD: Mapping[str, Any] = MappingProxyType(
         "consistent_rms": None,
     }
 )
-"""`arXiv 2507.08091 <https://arxiv.org/abs/2507.08091>`_, Algorithm 1, for :func:`mofasgd` and
-:func:`scale_by_mofasgd`."""
+"""`arXiv 2507.08091 <https://arxiv.org/abs/2507.08091>`_, Algorithm 1, for
+:func:`~sumo_optax.mofasgd` and :func:`~sumo_optax.scale_by_mofasgd`."""
