@@ -25,7 +25,6 @@ from typing import Any, Literal
 import convergence
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 import optax
 import peers
@@ -74,6 +73,15 @@ IN_FLOATS = {
     "sumo, whole, rank d/16": Entry("sumo", 3e-3, WHOLE, 16),
     "sumo, whole, rank d/64": Entry("sumo", 3e-3, WHOLE, 64),
 }
+# The lines of the picture: more of them are not told apart.
+DRAWN = (
+    "adamw",
+    "muon",
+    "adafactor",
+    "sumo, rank d/4",
+    "sumo, whole, rank d/4",
+    "sumo, whole, rank d/64",
+)
 # Of which states in few bits are compared.
 ROUNDED = {x for x in IN_FLOATS if x.startswith(("adamw", "lion", "muon", "sumo"))}
 
@@ -368,19 +376,16 @@ def table(rows: list[dict[str, Any]]) -> str:
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Loss over bytes, a line for each optimizer from float32 to 4 bits, and the edge below all."""
     parts = studies(rows)
-    dark_and_light = matplotlib.color_sequences["tab20"]
-    dark_first = [*dark_and_light[::2], *dark_and_light[1::2]]
-    colors = dict(zip(IN_FLOATS, dark_first, strict=False))
     gain = lambda edge, k: edge[k - 1]["loss"] - edge[k]["loss"]
     figure = Figure(figsize=(9, 4.5 * len(parts)), layout="constrained")
     for axes, ((text, _), of_study) in zip(
         figure.subplots(len(parts), squeeze=False)[:, 0], parts.items(), strict=True
     ):
-        for name in IN_FLOATS:
+        for k, name in enumerate(DRAWN):
             line = [x for x in of_study if x["entry"].split(", int")[0] == name]
             columns = [x["bytes"] for x in line], [x["loss"] for x in line]
             if line:
-                axes.plot(*columns, "o-", markersize=5, label=name, color=colors[name])
+                axes.plot(*columns, "o-", markersize=5, label=name, color=f"C{k}")
         edge = [x for x in of_study if x["edge"]]
         columns = [x["bytes"] for x in edge], [x["loss"] for x in edge]
         axes.step(*columns, where="post", color="gray", lw=1, ls=":")
