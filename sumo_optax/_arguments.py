@@ -1,10 +1,9 @@
 """Docstrings that say everything, with one text for what optimizers have in common."""
 
-import functools
 import inspect
 import re
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -54,53 +53,30 @@ _RAISES = """Raises:
     gradients do not fit the state."""
 
 
-def documented(
-    taker: Callable[..., Any], scale_by: Callable[..., Any] | None = None
-) -> Callable[[Function], Function]:
-    """Completes a function that hands its last keywords on to `taker`.
+def documented(scale_by: Callable[..., Any] | None = None) -> Callable[[Function], Function]:
+    """Adds to a docstring what it leaves out: arguments, what is returned, errors.
 
-    Its signature has these keywords too, with the defaults of `taker`. Its docstring has all
-    arguments, in that order and with its own text, or that of `scale_by`, or the shared one, what
-    is returned and errors. With `scale_by` the function makes a complete optimizer of that.
+    Arguments come in the order of the signature, with the text of the docstring, or that of
+    `scale_by`, or the shared one. With `scale_by` the function makes a complete optimizer of that.
     """
 
     def decorate(function: Function) -> Function:
-        signature = _signature(function, taker)
-
-        @functools.wraps(function)
-        def checked(*args: Any, **kwargs: Any) -> Any:
-            try:
-                signature.bind(*args, **kwargs)
-            except TypeError as error:  # else it would name `taker`
-                raise TypeError(f"{function.__name__}() {error}") from None
-            return function(*args, **kwargs)
-
         if function.__doc__:  # `python -OO` leaves none
-            checked.__doc__ = _doc(function, list(signature.parameters), scale_by)
-        vars(checked)["__signature__"] = signature
-        return cast(Function, checked)
+            own, texts = _sections(function), _entries(_ARGS)
+            intro = own[""]
+            if scale_by is not None:
+                texts |= _entries(_sections(scale_by)["Args"])
+                summary, *more = intro.partition("\n\n")
+                intro = summary + _OF_COMPLETE.format(scale_by.__name__) + "".join(more)
+            texts |= _entries(own.get("Args", ""))
+            listed = dict.fromkeys(texts[name] for name in inspect.signature(function).parameters)
+            args = "Args:\n" + "".join(listed).rstrip()
+            parts = (intro, args, own.get("Returns", _RETURNS), _RAISES)
+            ends = (own[title] for title in ("Examples", "References"))
+            function.__doc__ = "\n\n".join((*parts, *ends))
+        return function
 
     return decorate
-
-
-def _signature(function: Callable[..., Any], taker: Callable[..., Any]) -> inspect.Signature:
-    own = inspect.signature(function)
-    named = [x for x in own.parameters.values() if x.kind is not x.VAR_KEYWORD]
-    taken = [x for x in inspect.signature(taker).parameters.values() if x.kind is x.KEYWORD_ONLY]
-    return own.replace(parameters=[*named, *taken])
-
-
-def _doc(function: Callable[..., Any], names: list[str], scale_by: Any) -> str:
-    own, texts = _sections(function), _entries(_ARGS)
-    intro = own[""]
-    if scale_by is not None:
-        texts |= _entries(_sections(scale_by)["Args"])
-        summary, *more = intro.partition("\n\n")
-        intro = summary + _OF_COMPLETE.format(scale_by.__name__) + "".join(more)
-    texts |= _entries(own.get("Args", ""))
-    args = "Args:\n" + "".join(dict.fromkeys(texts[name] for name in names)).rstrip()
-    parts = (intro, args, own.get("Returns", _RETURNS), _RAISES)
-    return "\n\n".join((*parts, own["Examples"], own["References"]))
 
 
 def _sections(function: Callable[..., Any]) -> dict[str, str]:

@@ -7,7 +7,7 @@ Online Subspace Descent, arXiv 2408.12857. Where it fills in what the latter lea
    of both optimizers are left as they were.
 """
 
-from typing import Any, Literal, NamedTuple, Unpack, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +15,11 @@ import optax
 
 from sumo_optax import _check, _subspace
 from sumo_optax._arguments import documented
+from sumo_optax._axes import WeightDimensionNumbers
 from sumo_optax._gradient import Update
 from sumo_optax._group import Rule
 from sumo_optax._linalg import choose
-from sumo_optax._matrix import OfTree, matrix_transformation
+from sumo_optax._matrix import matrix_transformation, of_tree
 from sumo_optax._paths import PyTree, map_named
 from sumo_optax._rank import Rank
 from sumo_optax._view import Side
@@ -53,7 +54,7 @@ class OnlinePCA(NamedTuple):
     penalty: jax.typing.ArrayLike
 
 
-@documented(matrix_transformation)
+@documented()
 def scale_in_subspace(
     inner: optax.GradientTransformation,
     rank: Rank = 0.25,
@@ -64,7 +65,12 @@ def scale_in_subspace(
     side: Side = "long",
     transport: bool = False,
     scale: jax.typing.ArrayLike = 1.0,
-    **of_tree: Unpack[OfTree],
+    weight_dimension_numbers: WeightDimensionNumbers | None = None,
+    fallback: optax.GradientTransformation | None = None,
+    skip_nonfinite: bool = True,
+    state_dtype: jax.typing.DTypeLike | None = None,
+    metrics: bool = False,
+    seed: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Runs any optax transformation on gradients that are projected onto a subspace.
 
@@ -129,7 +135,7 @@ def scale_in_subspace(
         side=side,
         transport=transport,
         scale=scale,
-        **of_tree,
+        **of_tree(locals()),
     )
 
 

@@ -4,7 +4,7 @@ The only file that knows of leaves that are no matrices.
 """
 
 import math
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,28 +28,32 @@ from sumo_optax._quantize import bits_of, in_few_bits
 from sumo_optax._rank import check_rank, with_ranks
 from sumo_optax._view import View, matrix_views
 
+# The arguments of `matrix_transformation` that every optimizer has.
+_OF_TREE = (
+    "fallback",
+    "weight_dimension_numbers",
+    "skip_nonfinite",
+    "state_dtype",
+    "metrics",
+    "seed",
+)
 
-class OfTree(TypedDict, total=False):
-    """What every optimizer takes; `matrix_transformation` has the defaults."""
 
-    weight_dimension_numbers: WeightDimensionNumbers | None
-    fallback: optax.GradientTransformation | None
-    skip_nonfinite: bool
-    state_dtype: jax.typing.DTypeLike | None
-    metrics: bool
-    seed: jax.typing.ArrayLike
+def of_tree(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Of an optimizer's arguments those that are not its rule's."""
+    return {name: arguments[name] for name in _OF_TREE}
 
 
 def matrix_transformation(
     rule: Rule,
     state_type: Any,
     *,
-    weight_dimension_numbers: WeightDimensionNumbers | None = None,
-    fallback: optax.GradientTransformation | None = None,
-    skip_nonfinite: bool = True,
-    state_dtype: jax.typing.DTypeLike | None = None,
-    metrics: bool = False,
-    seed: jax.typing.ArrayLike = 0,
+    fallback: optax.GradientTransformation | None,
+    weight_dimension_numbers: WeightDimensionNumbers | None,
+    skip_nonfinite: bool,
+    state_dtype: Any,
+    metrics: bool,
+    seed: jax.typing.ArrayLike,
 ) -> optax.GradientTransformationExtraArgs:
     """The transformation that runs `rule` on the matrices of a tree, `fallback` on the rest.
 

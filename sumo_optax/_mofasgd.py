@@ -15,7 +15,7 @@ Where this differs from the paper and the authors' code:
 6. Updates are scaled by `consistent_rms * sqrt(m)`; None is the paper's and the code's.
 """
 
-from typing import NamedTuple, Unpack
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,13 +23,14 @@ import optax
 
 from sumo_optax import _check, _subspace
 from sumo_optax._arguments import documented
+from sumo_optax._axes import WeightDimensionNumbers
 from sumo_optax._gradient import Update, WholeGradients
 from sumo_optax._group import Rule
 from sumo_optax._linalg import above_rounding, orthonormal_columns, svd
-from sumo_optax._matrix import OfTree, matrix_transformation
+from sumo_optax._matrix import matrix_transformation, of_tree
 from sumo_optax._paths import PyTree
 from sumo_optax._rank import Rank
-from sumo_optax._with_adamw import OfComplete, with_adamw
+from sumo_optax._with_adamw import with_adamw
 
 
 class MofasgdState(NamedTuple):
@@ -48,7 +49,7 @@ class MofasgdState(NamedTuple):
     skipped: jax.Array  # updates of a matrix or leaf skipped so far, shape (), int32
 
 
-@documented(matrix_transformation)
+@documented()
 def scale_by_mofasgd(
     rank: Rank = 0.25,
     *,
@@ -56,7 +57,12 @@ def scale_by_mofasgd(
     inverse_limit: jax.typing.ArrayLike | None = None,
     complement: float = 0.0,
     consistent_rms: jax.typing.ArrayLike | None = 0.5,
-    **of_tree: Unpack[OfTree],
+    weight_dimension_numbers: WeightDimensionNumbers | None = None,
+    fallback: optax.GradientTransformation | None = None,
+    skip_nonfinite: bool = True,
+    state_dtype: jax.typing.DTypeLike | None = None,
+    metrics: bool = False,
+    seed: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""MoFaSGD: momentum kept as a rank-r SVD, as a transformation of gradients.
 
@@ -136,7 +142,7 @@ def scale_by_mofasgd(
         return D, (U, s[:, 0], V)
 
     rule = Rule(init, refresh_due, step, lambda m, n, r: ("mr", "r", "nr"), rank)
-    return matrix_transformation(rule, MofasgdState, **of_tree)
+    return matrix_transformation(rule, MofasgdState, **of_tree(locals()))
 
 
 def _beginning(
@@ -206,7 +212,7 @@ def _completed(columns: jax.Array, found: jax.Array, spare: jax.Array) -> jax.Ar
     return orthonormal_columns(columns + spare - columns @ (columns.mT @ spare))
 
 
-@documented(with_adamw, scale_by_mofasgd)
+@documented(scale_by_mofasgd)
 def mofasgd(
     learning_rate: optax.ScalarOrSchedule,
     rank: Rank = 0.25,
@@ -215,7 +221,18 @@ def mofasgd(
     inverse_limit: jax.typing.ArrayLike | None = None,
     complement: float = 0.0,
     consistent_rms: jax.typing.ArrayLike | None = 0.5,
-    **shared: Unpack[OfComplete],
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    weight_decay_mask: Any = None,
+    weight_dimension_numbers: WeightDimensionNumbers | None = None,
+    adam_b1: jax.typing.ArrayLike = 0.9,
+    adam_b2: jax.typing.ArrayLike = 0.999,
+    adam_eps: jax.typing.ArrayLike = 1e-8,
+    adam_weight_decay: jax.typing.ArrayLike = 0.0,
+    adam_learning_rate: optax.ScalarOrSchedule | None = None,
+    skip_nonfinite: bool = True,
+    state_dtype: jax.typing.DTypeLike | None = None,
+    metrics: bool = False,
+    seed: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""A complete optimizer: MoFaSGD for matrices and AdamW for all other leaves.
 
@@ -230,5 +247,4 @@ def mofasgd(
     References:
       `arXiv 2507.08091 <https://arxiv.org/abs/2507.08091>`_, Algorithm 1.
     """
-    given = locals()
-    return with_adamw(scale_by_mofasgd, **given.pop("shared"), **given)
+    return with_adamw(scale_by_mofasgd, **locals())

@@ -9,7 +9,7 @@ The step itself, and where it fills in the paper, is `_in_subspace`'s. Of what i
    none by default; the authors' code has PyTorch's AdamW there, whose decay is 0.01.
 """
 
-from typing import Unpack
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +18,17 @@ import optax
 
 from sumo_optax import _check
 from sumo_optax._arguments import documented
+from sumo_optax._axes import WeightDimensionNumbers
 from sumo_optax._in_subspace import OnlinePCA, in_subspace
-from sumo_optax._matrix import OfTree, matrix_transformation
+from sumo_optax._matrix import of_tree
 from sumo_optax._rank import Rank
 from sumo_optax._view import Side
-from sumo_optax._with_adamw import OfComplete, with_adamw
+from sumo_optax._with_adamw import with_adamw
 
 _PAPERS_RATIO = 5.0  # of the learning rate of P to the main one
 
 
-@documented(matrix_transformation)
+@documented()
 def scale_by_online_subspace_descent(
     rank: Rank = 0.25,
     *,
@@ -37,7 +38,12 @@ def scale_by_online_subspace_descent(
     orthogonality_penalty: jax.typing.ArrayLike = 0.1,
     side: Side = "short",
     scale: jax.typing.ArrayLike = 1.0,
-    **of_tree: Unpack[OfTree],
+    weight_dimension_numbers: WeightDimensionNumbers | None = None,
+    fallback: optax.GradientTransformation | None = None,
+    skip_nonfinite: bool = True,
+    state_dtype: jax.typing.DTypeLike | None = None,
+    metrics: bool = False,
+    seed: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Online Subspace Descent, as a transformation of gradients.
 
@@ -76,7 +82,8 @@ def scale_by_online_subspace_descent(
       ...     optax.scale_by_learning_rate(3e-3),
       ... )
       >>> params = {"dense": {"kernel": jnp.ones((16, 8)), "bias": jnp.ones(8)}}
-      >>> updates, state = tx.update(params, tx.init(params), params)
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update(params, state, params)
 
     References:
       `arXiv 2408.12857 <https://arxiv.org/abs/2408.12857>`_, Algorithm 1 and section 4.
@@ -91,11 +98,11 @@ def scale_by_online_subspace_descent(
         online_pca=OnlinePCA(basis_optimizer, basis_learning_rate, orthogonality_penalty),
         side=side,
         scale=scale,
-        **of_tree,
+        **of_tree(locals()),
     )
 
 
-@documented(with_adamw, scale_by_online_subspace_descent)
+@documented(scale_by_online_subspace_descent)
 def online_subspace_descent(
     learning_rate: optax.ScalarOrSchedule,
     rank: Rank = 0.25,
@@ -106,7 +113,18 @@ def online_subspace_descent(
     orthogonality_penalty: jax.typing.ArrayLike = 0.1,
     side: Side = "short",
     scale: jax.typing.ArrayLike = 1.0,
-    **shared: Unpack[OfComplete],
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    weight_decay_mask: Any = None,
+    weight_dimension_numbers: WeightDimensionNumbers | None = None,
+    adam_b1: jax.typing.ArrayLike = 0.9,
+    adam_b2: jax.typing.ArrayLike = 0.999,
+    adam_eps: jax.typing.ArrayLike = 1e-8,
+    adam_weight_decay: jax.typing.ArrayLike = 0.0,
+    adam_learning_rate: optax.ScalarOrSchedule | None = None,
+    skip_nonfinite: bool = True,
+    state_dtype: jax.typing.DTypeLike | None = None,
+    metrics: bool = False,
+    seed: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""A complete optimizer: Online Subspace Descent for matrices, AdamW for all other leaves.
 
@@ -128,8 +146,7 @@ def online_subspace_descent(
       ``**sumo_optax.presets.ONLINE_SUBSPACE_DESCENT`` gives this algorithm.
     """
     basis_learning_rate = _basis_rate(learning_rate, basis_learning_rate)
-    given = locals()
-    return with_adamw(scale_by_online_subspace_descent, **given.pop("shared"), **given)
+    return with_adamw(scale_by_online_subspace_descent, **locals())
 
 
 def _basis_rate(

@@ -16,7 +16,7 @@ Where this differs from the paper, or fills in what it leaves open:
 7. Where no gradient has given a basis yet, the next one does, whatever the interval.
 """
 
-from typing import Literal, NamedTuple, Unpack, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ import optax
 
 from sumo_optax import _check, _subspace
 from sumo_optax._arguments import documented
+from sumo_optax._axes import WeightDimensionNumbers
 from sumo_optax._gradient import Update, WholeGradients
 from sumo_optax._group import Rule
 from sumo_optax._linalg import (
@@ -33,11 +34,11 @@ from sumo_optax._linalg import (
     largest_entry,
     polar_factor,
 )
-from sumo_optax._matrix import OfTree, matrix_transformation
+from sumo_optax._matrix import matrix_transformation, of_tree
 from sumo_optax._paths import PyTree
 from sumo_optax._rank import Rank
 from sumo_optax._view import Side
-from sumo_optax._with_adamw import OfComplete, with_adamw
+from sumo_optax._with_adamw import with_adamw
 
 Residual = Literal["gradient", "scaled", "orthogonal"] | None
 
@@ -60,7 +61,7 @@ class SumoState(NamedTuple):
     skipped: jax.Array  # updates of a matrix or leaf skipped so far, shape (), int32
 
 
-@documented(matrix_transformation)
+@documented()
 def scale_by_sumo(
     rank: Rank = 0.25,
     *,
@@ -75,7 +76,12 @@ def scale_by_sumo(
     polar: PolarMethod = "auto",
     basis: _subspace.Basis = "tracking",
     side: Side = "short",
-    **of_tree: Unpack[OfTree],
+    weight_dimension_numbers: WeightDimensionNumbers | None = None,
+    fallback: optax.GradientTransformation | None = None,
+    skip_nonfinite: bool = True,
+    state_dtype: jax.typing.DTypeLike | None = None,
+    metrics: bool = False,
+    seed: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""SUMO: subspace-aware moment orthogonalisation, as a transformation of gradients.
 
@@ -160,7 +166,7 @@ def scale_by_sumo(
     arguments = locals()
     of_stack = _Sumo(*(arguments[name] for name in _Sumo._fields))
     rule = of_stack.rule(rank, side, stagger)
-    return matrix_transformation(rule, SumoState, **of_tree)
+    return matrix_transformation(rule, SumoState, **of_tree(arguments))
 
 
 class _Sumo(NamedTuple):
@@ -277,7 +283,7 @@ def _limited(
     return factor[:, None, None], allowed
 
 
-@documented(with_adamw, scale_by_sumo)
+@documented(scale_by_sumo)
 def sumo(
     learning_rate: optax.ScalarOrSchedule,
     rank: Rank = 0.25,
@@ -293,7 +299,18 @@ def sumo(
     polar: PolarMethod = "auto",
     basis: _subspace.Basis = "tracking",
     side: Side = "short",
-    **shared: Unpack[OfComplete],
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    weight_decay_mask: Any = None,
+    weight_dimension_numbers: WeightDimensionNumbers | None = None,
+    adam_b1: jax.typing.ArrayLike = 0.9,
+    adam_b2: jax.typing.ArrayLike = 0.999,
+    adam_eps: jax.typing.ArrayLike = 1e-8,
+    adam_weight_decay: jax.typing.ArrayLike = 0.0,
+    adam_learning_rate: optax.ScalarOrSchedule | None = None,
+    skip_nonfinite: bool = True,
+    state_dtype: jax.typing.DTypeLike | None = None,
+    metrics: bool = False,
+    seed: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""A complete optimizer: SUMO for matrices and AdamW for all other leaves.
 
@@ -316,5 +333,4 @@ def sumo(
     References:
       `arXiv 2505.24749 <https://arxiv.org/abs/2505.24749>`_, Algorithm 1.
     """
-    given = locals()
-    return with_adamw(scale_by_sumo, **given.pop("shared"), **given)
+    return with_adamw(scale_by_sumo, **locals())

@@ -1,7 +1,7 @@
 """A transformation of matrices made a complete optimizer, with AdamW for all other leaves."""
 
 from collections.abc import Callable
-from typing import Any, TypedDict
+from typing import Any
 
 import jax
 import optax
@@ -10,42 +10,21 @@ from sumo_optax import _check
 from sumo_optax._axes import WeightDimensionNumbers, resolve
 
 
-class OfComplete(TypedDict, total=False):
-    """What every complete optimizer takes; `with_adamw` has the defaults."""
-
-    weight_decay: jax.typing.ArrayLike
-    weight_decay_mask: Any
-    weight_dimension_numbers: WeightDimensionNumbers | None
-    adam_b1: jax.typing.ArrayLike
-    adam_b2: jax.typing.ArrayLike
-    adam_eps: jax.typing.ArrayLike
-    adam_weight_decay: jax.typing.ArrayLike
-    adam_learning_rate: optax.ScalarOrSchedule | None
-    skip_nonfinite: bool
-    state_dtype: jax.typing.DTypeLike | None
-    metrics: bool
-    seed: jax.typing.ArrayLike
-
-
 def with_adamw(
     scale_by: Callable[..., optax.GradientTransformation],
     learning_rate: optax.ScalarOrSchedule,
     *,
-    weight_decay: jax.typing.ArrayLike = 0.0,
-    weight_decay_mask: Any = None,
-    weight_dimension_numbers: WeightDimensionNumbers | None = None,
-    adam_b1: jax.typing.ArrayLike = 0.9,
-    adam_b2: jax.typing.ArrayLike = 0.999,
-    adam_eps: jax.typing.ArrayLike = 1e-8,
-    adam_weight_decay: jax.typing.ArrayLike = 0.0,
-    adam_learning_rate: optax.ScalarOrSchedule | None = None,
-    skip_nonfinite: bool = True,
-    state_dtype: jax.typing.DTypeLike | None = None,
-    metrics: bool = False,
-    seed: jax.typing.ArrayLike = 0,
-    **of_rule: Any,
+    weight_decay: jax.typing.ArrayLike,
+    weight_decay_mask: Any,
+    weight_dimension_numbers: WeightDimensionNumbers | None,
+    adam_b1: jax.typing.ArrayLike,
+    adam_b2: jax.typing.ArrayLike,
+    adam_eps: jax.typing.ArrayLike,
+    adam_weight_decay: jax.typing.ArrayLike,
+    adam_learning_rate: optax.ScalarOrSchedule | None,
+    **of_matrices: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """`scale_by(**of_rule)` and Adam for the rest, each with its decay and learning rate."""
+    """`scale_by(**of_matrices)` and Adam for the rest, each with its decay and learning rate."""
     _check.scheduled("learning_rate", learning_rate)
     _check.scheduled("adam_learning_rate", adam_learning_rate, optional=True)
     _check.scheduled("weight_decay", weight_decay, least=0)
@@ -67,11 +46,7 @@ def with_adamw(
         scale_by(
             weight_dimension_numbers=weight_dimension_numbers,
             fallback=optax.scale_by_adam(adam_b1, adam_b2, adam_eps),
-            skip_nonfinite=skip_nonfinite,
-            state_dtype=state_dtype,
-            metrics=metrics,
-            seed=seed,
-            **of_rule,
+            **of_matrices,
         ),
         optax.partition(
             {
