@@ -2,8 +2,10 @@
 
 python benchmarks/faults.py               # 100 kills, about 20 minutes on two cores
 python benchmarks/faults.py --kills 10
-python benchmarks/faults.py --short --kills 1000 --at-once 2 --steps 240 --save-every 40 \
-    --set state_dtype=int8    # forked: most of the full form's time is imports
+python benchmarks/faults.py --short --at-once 2 --steps 240 --save-every 40
+
+The short form forks its processes from one that has imported everything, since imports are most of
+the time of the full form. No kill comes during imports then.
 
 A third of the kills come at any moment before the first step, while the process imports, restores
 or compiles; a third during the steps, every second of which is a refresh; a third while a
