@@ -49,6 +49,12 @@ LEGEND = (
     "projected: the gradients between two refreshes with sumo_optax.subspace_value_and_grad. SUMO"
     " accepts them with residual=None. The total counts whole gradients.",
 )
+WHOLE_POLAR_STEP = (
+    'whole polar step: in a training step of T tokens, residual="orthogonal" of SUMO takes more'
+    " operations than the default. Divided by those of the matrix products, they are"
+    " {newton_schulz:,} / T with five Newton-Schulz steps and at most {exact:,} / T with the exact"
+    " polar factor."
+)
 
 
 class Row(NamedTuple):
@@ -77,9 +83,13 @@ class Plan(NamedTuple):
     mesh: dict[str, int]
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()  # on how the model was read, and on what the mesh does not divide
+    # Whose products take as many operations as the polar factors of whole matrices, by their kind.
+    polar_tokens: dict[str, int] | None = None
 
     def __str__(self) -> str:
-        legend = (line.format(tokens=self.tokens) for line in LEGEND)
+        legend = [line.format(tokens=self.tokens) for line in LEGEND]
+        if self.polar_tokens is not None:
+            legend.append(WHOLE_POLAR_STEP.format(**self.polar_tokens))
         return "\n\n".join((self._heading, self._table, *map(_wrapped, (*self.notes, *legend))))
 
     @property
@@ -170,7 +180,8 @@ def plan(
             fused = held + kept + bytes_of_a_fused_step(model, params, tokens, needed)
         rows.append(Row(optimizer, held, held, projected, kept, fused))
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
-    return Plan(name, count, dtype, rank, tokens, mesh, tuple(rows), undivided(mesh, placed))
+    notes, polar_tokens = undivided(mesh, placed), tokens_of_whole_polar_steps(model, params)
+    return Plan(name, count, dtype, rank, tokens, mesh, tuple(rows), notes, polar_tokens)
 
 
 def undivided(mesh: dict[str, int], placed: PyTree) -> tuple[str, ...]:
@@ -197,6 +208,26 @@ def undivided(mesh: dict[str, int], placed: PyTree) -> tuple[str, ...]:
         elif whole:
             notes.append(f"{axis}={mesh[axis]} does not divide {', '.join(whole)}.")
     return tuple(notes)
+
+
+def tokens_of_whole_polar_steps(model: Model, params: PyTree) -> dict[str, int] | None:
+    """How many tokens' products take as many operations as the polar factors of all matrices.
+
+    A token takes 6 operations for each number of a matrix, forward and backward. The formulas are
+    those of docs/which_optimizer.md. None with experts, of which a token does not see all.
+    """
+    if model.experts:
+        return None
+    leaves = jax.tree.leaves_with_path(params["layers"])
+    kernels = [x.shape for path, x in leaves if path[-1].key == "kernel"]
+    products = model.vocab * model.width + sum(math.prod(shape) for shape in kernels)
+    newton_schulz = exact = 0
+    for count, *sides in kernels:
+        m, n = sorted(sides)
+        newton_schulz += count * 5 * (4 * m**2 * n + 2 * m**3)
+        exact += count * 7 * (4 * m**2 * n + 26 * m**3)
+    in_tokens = lambda operations: math.ceil(operations / (6 * products))
+    return {"newton_schulz": in_tokens(newton_schulz), "exact": in_tokens(exact)}
 
 
 def bytes_of_a_fused_step(model: Model, params: PyTree, tokens: int, update: int) -> int:

@@ -1,12 +1,15 @@
 """The benchmarks run, in their small versions, and write nothing to the records."""
 
 import ast
+import concurrent.futures
 import contextlib
 import dataclasses
 import io
 import itertools
 import json
 import os
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -357,6 +360,28 @@ def test_faults_are_survived(form, tmp_path, monkeypatch):
     assert row["state_bits_compared"] > 32 * row["parameters_compared"]
     assert row["runs_lost"] == row["checkpoints_lost"] == row["parameters_differing"] == 0
     assert row["state_bits_differing"] == 0
+
+
+def sleep(*_):
+    time.sleep(60)
+
+
+@pytest.mark.slow
+def test_faults_know_what_was_killed(tmp_path, monkeypatch):
+    """From several threads, of which each kills its own."""
+    import faults
+
+    monkeypatch.setattr(faults, "train", sleep)
+
+    def kill(i):
+        process = faults.Forked([], {}, tmp_path / str(i))
+        time.sleep(0.01 * (i % 5))
+        process.kill()
+        process.communicate()
+        return process.poll()
+
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        assert list(pool.map(kill, range(300))) == 300 * [-signal.SIGKILL]
 
 
 def test_faults_count_what_differs(monkeypatch):

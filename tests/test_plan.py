@@ -166,6 +166,25 @@ def test_logits_can_be_the_peak():
     assert peak(200_000) - peak(100_000) == 100_000 * (8 * (4 + 2) + 32 * 2)
 
 
+def test_whole_polar_steps_by_hand():
+    """Of square and of wide matrices, stated in tokens; none where a token sees few experts."""
+    square, wide = 2 * 4, 2 * 3  # 32 x 32 and 32 x 48
+    newton_schulz = square * 5 * 6 * 32**3 + wide * 5 * (4 * 32**2 * 48 + 2 * 32**3)
+    exact = square * 7 * 30 * 32**3 + wide * 7 * (4 * 32**2 * 48 + 26 * 32**3)
+    of_a_token = 6 * (64 * 32 + square * 32 * 32 + wide * 32 * 48)
+    expected = {
+        "newton_schulz": math.ceil(newton_schulz / of_a_token),
+        "exact": math.ceil(exact / of_a_token),
+    }
+    planned = _plan.plan("small", SMALL, rank=4, mesh={}, dtype="float32")
+    assert planned.polar_tokens == expected == json.loads(planned.as_json())["polar_tokens"]
+    words = " ".join(str(planned).split())
+    assert f"{expected['newton_schulz']} / T with five Newton-Schulz steps" in words
+    assert f"at most {expected['exact']} / T with the exact polar factor" in words
+    experts = _plan.plan("experts", SMALL._replace(experts=4), rank=4, mesh={}, dtype="float32")
+    assert experts.polar_tokens is None and "whole polar step" not in str(experts)
+
+
 @pytest.mark.slow
 def test_galore_holds_what_optax_holds():
     options = {"learning_rate": 1.0, "adam_learning_rate": 1.0, "rank": 4, "weight_decay": 0.0}
