@@ -123,3 +123,8 @@ def test_faults_are_the_recorded_ones():
         f"{row['parameters_differing']} of {row['parameters_compared']:,} parameters",
     ):
         assert figure in words
+    (row,) = json.loads((ROOT / "benchmarks/results/faults_short.json").read_text())["rows"]
+    changed = f"{row['parameters_differing']} of {row['parameters_compared']:,} parameters"
+    bits = f"{row['state_bits_differing']} of {row['state_bits_compared']:,} bits"
+    assert f"{row['kills']:,} kills changed {changed} and {bits} of the optimizer's" in words
+    assert f"gave up {row['runs_lost']} of those {row['runs']} runs" in words
