@@ -26,6 +26,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 import jax.numpy as jnp
+import program
 import record
 import training_step
 import tyro
@@ -74,10 +75,7 @@ class Step:
 
     def predicted(self) -> dict[str, Any]:
         """What the compiler says."""
-        memory = self.compiled.memory_analysis()
-        assert memory is not None
-        peak = memory.argument_size_in_bytes + memory.output_size_in_bytes
-        peak += memory.temp_size_in_bytes - memory.alias_size_in_bytes
+        peak = program.peak_bytes(self.compiled)
         return {"predicted_bytes": peak, "compile_s": round(self.compile_s, 1)}
 
     def arrays(self, shapes: Any) -> Any:

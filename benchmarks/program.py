@@ -18,19 +18,15 @@ FACTORISATIONS = ("cholesky", "eigh", "lu", "qr", "geqrf", "svd")
 
 def figures(compiled: jax.stages.Compiled) -> dict[str, Any]:
     """Bytes, counts and names; the body of a loop counts once."""
-    memory, text = compiled.memory_analysis(), compiled.as_text() or ""
+    memory, text = memory_of(compiled), compiled.as_text() or ""
     cost = compiled.cost_analysis() or {}
-    assert memory is not None
     lines = instructions(text)
     ordinary = "\n".join(line for name in outside_of_branches(lines) for line in lines[name])
     sent: Counter[str] = Counter()
     for shapes, kind in COLLECTIVE.findall(ordinary):
         sent[kind] += shape_bytes(shapes)
     return {
-        "peak_bytes": memory.argument_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes,
+        "peak_bytes": peak_bytes(compiled),
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
         "program_bytes": memory.generated_code_size_in_bytes,  # 0 for a GPU
@@ -43,6 +39,19 @@ def figures(compiled: jax.stages.Compiled) -> dict[str, Any]:
         "factorisations": factorisations(ordinary),
         "collectives": dict(sent),
     }
+
+
+def memory_of(compiled: jax.stages.Compiled) -> Any:
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    return memory
+
+
+def peak_bytes(compiled: jax.stages.Compiled) -> int:
+    """Arguments, temporaries and results that take the place of no argument."""
+    memory = memory_of(compiled)
+    held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    return held + memory.output_size_in_bytes - memory.alias_size_in_bytes
 
 
 def kernels(text: str) -> int:

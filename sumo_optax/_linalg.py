@@ -120,7 +120,7 @@ def polar_factor(x: jax.Array, *, method: PolarMethod = "auto") -> jax.Array:
         rounding to 0. It is as exact as ``"svd"``, except for square and rank-deficient matrices,
         where it loses up to 200 roundings. ``"newton_schulz"`` uses five steps of Muon's iteration.
         It is far from exact if x is ill-conditioned, so its products have JAX's default precision,
-        as Muon's have: a GPU and a TPU then make them many times faster.
+        as Muon's have, for which a GPU has tensor cores.
 
     Returns:
       Array of the shape and dtype of x.

@@ -20,8 +20,18 @@ from sumo_optax._paths import PyTree, nodes_of
 _LEAST_SIZE = 1024  # smaller arrays are not worth it
 # Names that optax gives to means of gradients, and to means or sums of squares.
 _MEANS = {"mu", "trace", "m", "m1", "m2"}
-_SQUARES = {"nu", "nu_max", "v", "v_row", "v_col", "n", "e_g", "e_x", "exp_avg_sq"}
-_SQUARES |= {"sum_of_squares"}
+_SQUARES = {
+    "nu",
+    "nu_max",
+    "v",
+    "v_row",
+    "v_col",
+    "n",
+    "e_g",
+    "e_x",
+    "exp_avg_sq",
+    "sum_of_squares",
+}
 # Those of these mean something else.
 _OTHERS = (optax.ScaleByAdanState, optax.ScaleBySM3State)
 

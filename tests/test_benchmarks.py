@@ -186,7 +186,8 @@ def test_frontier_trains(tmp_path, monkeypatch):
     names = ["adafactor", "lion, int8", "muon, int4", "adamw", "sumo, whole, rank d/4, int4"]
     with contextlib.redirect_stdout(io.StringIO()):
         model = f"--pretrain={MICRO} --steps 4 --batch 2"
-        frontier.main(["--only", *names, model, "--seeds", "1"])
+        lock = ["--lock", str(tmp_path / "lock")]
+        frontier.main(["--only", *names, model, "--seeds", "1", *lock])
     rows = {x["entry"]: x for x in json.loads((tmp_path / "frontier.json").read_text())["rows"]}
     assert all(4 < rows[name]["validation_loss"] < 8 for name in names)
     assert rows["adamw"]["matrix_bytes"] == 8 * rows["adamw"]["numbers"]

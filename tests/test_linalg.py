@@ -157,7 +157,7 @@ def test_the_derivative_of_a_deficient_matrix_is_finite():
 
 @pytest.mark.parametrize("method", ["auto", "newton_schulz"])
 def test_only_exact_polar_factors_want_full_products(method):
-    """GPUs and TPUs make products of the default precision many times faster."""
+    """Inside of a step as well, where all products of small matrices are full ones."""
     with jax.default_matmul_precision("highest"):
         of = functools.partial(sumo_optax.polar_factor, method=method)
         program = str(jax.make_jaxpr(of)(jnp.ones((4, 8))))
