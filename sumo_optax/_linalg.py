@@ -195,26 +195,35 @@ def _by_products(X: jax.Array, *, drop: bool, product: Callable, unroll: int) ->
     enough = 10 if X.dtype == jnp.float64 else 4  # steep triples for all that is above rounding
     triples = (_STEEP,) * enough + (_DROP if drop else (_STEEP,) * enough) + (_LAST,)
     table = jnp.asarray(triples, X.dtype)
-    I = jnp.broadcast_to(jnp.eye(X.shape[-2], dtype=X.dtype), (*X.shape[:-1], X.shape[-2]))
+    I = jnp.eye(X.shape[-2], dtype=X.dtype)
+    I = I if X.ndim == 2 else I[None]
+
+    def factor(A, A2, coefficients):
+        a, b, c = coefficients
+        return a * I + b * A + c * A2
 
     def quintic(carry, coefficients):
-        A, A2, W = carry
-        a, b, c = coefficients
-        w = a * I + b * A + c * A2
+        A, w, W = carry
         A = product(product(w, A), w)
-        return (A, product(A, A), product(w, W)), None
+        w = factor(A, product(A, A), coefficients)
+        return (A, w, product(w, W)), None
 
     def enlarge(carry):
         step, Y = carry
         A = product(Y, Y.mT)
         A2 = product(A, A)
         # ||A²||^½ is at least the largest eigenvalue, and mostly less than twice as much.
-        bound = jnp.where(step == 0, _or_one(_square(A2) ** 0.25), 1)
+        size = _square(A2)
+        bound = jnp.where(step == 0, _or_one(size**0.25), 1)
         A, A2, Y = A / bound, A2 / bound**2, Y / bound**0.5
         # A matrix with NaN or of zeros cannot change, so it never counts as far: the others decide.
-        far = jnp.any((_square(I - 2 * A + A2) > _NEAR**4) & (_square(A) > 0))
-        quintics = table[jnp.where(far, step, len(triples) - 1)]
-        (_, _, W), _ = jax.lax.scan(quintic, (A, A2, I), quintics, unroll=unroll)
+        far = jnp.any((_square(I - 2 * A + A2) > _NEAR**4) & (size > 0))
+        triple = jnp.where(far, step, len(triples) - 1)
+        quintics = jax.lax.dynamic_index_in_dim(
+            table, triple, keepdims=False, allow_negative_indices=False
+        )
+        w = factor(A, A2, quintics[0])
+        (_, _, W), _ = jax.lax.scan(quintic, (A, w, w), quintics[1:], unroll=unroll)
         return jnp.where(far, step + 1, len(triples)), product(W, Y)
 
     start = (jnp.zeros([], jnp.int32), unit_scale(X))

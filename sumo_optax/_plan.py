@@ -225,7 +225,7 @@ def tokens_of_whole_polar_steps(model: Model, params: PyTree) -> dict[str, int] 
     for count, *sides in kernels:
         m, n = sorted(sides)
         newton_schulz += count * 5 * (4 * m**2 * n + 2 * m**3)
-        exact += count * 7 * (4 * m**2 * n + 26 * m**3)
+        exact += count * 7 * (4 * m**2 * n + 18 * m**3)
     in_tokens = lambda operations: math.ceil(operations / (6 * products))
     return {"newton_schulz": in_tokens(newton_schulz), "exact": in_tokens(exact)}
 
