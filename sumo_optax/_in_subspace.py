@@ -18,7 +18,7 @@ from sumo_optax._arguments import documented
 from sumo_optax._axes import WeightDimensionNumbers
 from sumo_optax._gradient import Update
 from sumo_optax._group import Rule
-from sumo_optax._linalg import choose
+from sumo_optax._linalg import choose, product
 from sumo_optax._matrix import matrix_transformation, of_tree
 from sumo_optax._paths import PyTree, map_named
 from sumo_optax._rank import Rank
@@ -221,12 +221,14 @@ def _moved(pca: OnlinePCA, gradient, P, state, t) -> tuple[jax.Array, PyTree]:
 
 def _transported(inner_state: PyTree, P_new: jax.Array, P_old: jax.Array) -> PyTree:
     """The inner state in a new basis, as far as that can be had; see `scale_in_subspace`."""
-    T = P_new.mT @ P_old
+    T = product(P_new.mT, P_old)
 
     def carry(path, x):
         name = path[-1] if path else ""
         if x.ndim != 3 or x.shape[1] != T.shape[2]:
             return x
-        return T @ x if name in FIRST_MOMENTS else T**2 @ x if name in _SECOND_MOMENTS else x
+        if name in FIRST_MOMENTS:
+            return product(T, x)
+        return product(T**2, x) if name in _SECOND_MOMENTS else x
 
     return map_named(carry, inner_state)

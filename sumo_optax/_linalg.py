@@ -292,9 +292,10 @@ def svd(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """U (B, m, k), s (B, 1, k) and V (B, n, k) of x = U diag(s) Vᵀ, k the short side; of any scale.
 
     One by one on a CPU, where more batched calls of LAPACK than it has threads can stop it for good
-    (jaxlib before 0.12).
+    (jaxlib before 0.12), and on a TPU, for which a stack takes minutes to compile.
     """
     of = functools.partial(jnp.linalg.svd, full_matrices=False)
+    one_by_one = functools.partial(jax.lax.map, of)
     largest = largest_entry(x)
-    u, s, vt = jax.lax.platform_dependent(x / largest, cpu=lambda x: jax.lax.map(of, x), default=of)
+    u, s, vt = jax.lax.platform_dependent(x / largest, cpu=one_by_one, tpu=one_by_one, default=of)
     return u, s[..., None, :] * largest, vt.mT

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from sumo_optax._group import Rule
-from sumo_optax._linalg import frobenius_norm, orthonormal_columns
+from sumo_optax._linalg import frobenius_norm, orthonormal_columns, product
 from sumo_optax._paths import PyTree
 from sumo_optax._subspace import captured_energy
 
@@ -52,5 +52,5 @@ def measured(rule: Rule) -> Rule:
 
 def _rotation(Q_old: jax.Array, Q: jax.Array) -> jax.Array:
     """The root mean square sine of the principal angles, (B,)."""
-    outside = Q - Q_old @ (Q_old.mT @ Q)
+    outside = Q - product(Q_old, product(Q_old.mT, Q))
     return frobenius_norm(outside)[:, 0, 0] / Q.shape[-1] ** 0.5

@@ -26,7 +26,7 @@ from sumo_optax._arguments import documented
 from sumo_optax._axes import WeightDimensionNumbers
 from sumo_optax._gradient import Update, WholeGradients
 from sumo_optax._group import Rule
-from sumo_optax._linalg import above_rounding, orthonormal_columns, svd
+from sumo_optax._linalg import above_rounding, orthonormal_columns, product, svd
 from sumo_optax._matrix import matrix_transformation, of_tree
 from sumo_optax._paths import PyTree
 from sumo_optax._rank import Rank
@@ -166,8 +166,8 @@ class _Seen(NamedTuple):
     @classmethod
     def of(cls, G: WholeGradients, U: jax.Array, V: jax.Array) -> "_Seen":
         GV = G.right_product(V)
-        C = U.mT @ GV
-        return cls(U, V, G.left_product(U), C, GV - U @ C)
+        C = product(U.mT, GV)
+        return cls(U, V, G.left_product(U), C, GV - product(U, C))
 
 
 def _with_complement(D: Update, seen: _Seen, c: float) -> Update:
@@ -186,7 +186,7 @@ def _tangent_step(seen: _Seen, s: jax.Array, beta: jax.typing.ArrayLike, spare: 
     """
     U, V, UG, C, beyond = seen
     X, R = _beyond(beyond)
-    Y, S = _beyond(UG.mT - V @ C.mT)
+    Y, S = _beyond(UG.mT - product(V, C.mT))
     I = jnp.eye(s.shape[-1], dtype=s.dtype)[None]
     core = jnp.block([[C + beta * s * I, S.mT], [R, jnp.zeros_like(R)]])
     W, s, Z = svd(core)
@@ -194,22 +194,23 @@ def _tangent_step(seen: _Seen, s: jax.Array, beta: jax.typing.ArrayLike, spare: 
     W, s, Z = W[..., :r], s[..., :r], Z[..., :r]
     found = above_rounding(s)
     return (
-        _completed(U @ W[:, :r] + X @ W[:, r:], found, U),
+        _completed(product(U, W[:, :r]) + product(X, W[:, r:]), found, U),
         s,
-        _completed(V @ Z[:, :r] + Y @ Z[:, r:], found, spare),
+        _completed(product(V, Z[:, :r]) + product(Y, Z[:, r:]), found, spare),
     )
 
 
 def _beyond(y: jax.Array) -> tuple[jax.Array, jax.Array]:
     """X, R of y = X R, X with orthonormal columns or, where y has fewer than r directions, 0."""
     X = orthonormal_columns(y)
-    return X, X.mT @ y
+    return X, product(X.mT, y)
 
 
 def _completed(columns: jax.Array, found: jax.Array, spare: jax.Array) -> jax.Array:
     """Rounding mended; and for each column not found, what a spare one adds to the others."""
     columns, spare = jnp.where(found, columns, 0), jnp.where(found, 0, spare)
-    return orthonormal_columns(columns + spare - columns @ (columns.mT @ spare))
+    inside = product(columns, product(columns.mT, spare))
+    return orthonormal_columns(columns + spare - inside)
 
 
 @documented(scale_by_mofasgd)

@@ -118,6 +118,7 @@ def online_pca_gradient(
     divisor = jnp.where(norm > 0, norm, 1)
     Xt = G_hat / divisor
     gX = G.right_product(Xt.mT) / divisor
-    S = P.mT @ P
+    S = product(P.mT, P)
     I = jnp.eye(S.shape[-1], dtype=S.dtype)[None]
-    return gX @ (2 * S - 4 * I) + P @ (2 * Xt @ Xt.mT + 4 * penalty * (S - I)), norm
+    pull = 2 * product(Xt, Xt.mT) + 4 * penalty * (S - I)
+    return product(gX, 2 * S - 4 * I) + product(P, pull), norm
