@@ -392,7 +392,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         for x in (edge[k] for k in range(len(edge)) if k == 0 or gain(edge, k) > 0.005):
             at = {"xytext": (4, -10), "textcoords": "offset points", "fontsize": 7}
             axes.annotate(x["entry"], (x["bytes"], x["loss"]), color="gray", **at)
-        axes.set(xscale="log", title=text, ylabel="validation loss, nats per byte")
+        axes.set(xscale="log", title=text, ylabel="validation loss, nats per token")
         axes.set(xlabel="bytes of state for each parameter of a matrix")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3, which="both")
