@@ -296,6 +296,11 @@ def svd(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """
     of = functools.partial(jnp.linalg.svd, full_matrices=False)
     one_by_one = functools.partial(jax.lax.map, of)
+
+    def of_stack(x):
+        u, s, vt = jax.lax.platform_dependent(x, cpu=one_by_one, tpu=one_by_one, default=of)
+        return u, s[:, None], vt.mT
+
     largest = largest_entry(x)
-    u, s, vt = jax.lax.platform_dependent(x / largest, cpu=one_by_one, tpu=one_by_one, default=of)
-    return u, s[..., None, :] * largest, vt.mT
+    u, s, v = over_devices(of_stack, x / largest)
+    return u, s * largest, v

@@ -36,8 +36,8 @@ def whole(x: jax.Array, r: int) -> jax.Array:
     return x if mesh is None else _constrained(x, mesh, {r: None}, else_=P.UNCONSTRAINED)
 
 
-def over_devices(fn: Callable[..., jax.Array], *stacks: jax.Array) -> jax.Array:
-    """`fn` of stacks (B, ...), each device taking some of the matrices.
+def over_devices(fn: Callable[..., Any], *stacks: jax.Array) -> Any:
+    """`fn` of stacks (B, ...), a stack or several, each device taking some of the matrices.
 
     Mesh axes go from the sides to the stack one by one, the innermost first: each is then one
     all-to-all.
@@ -59,7 +59,8 @@ def over_devices(fn: Callable[..., jax.Array], *stacks: jax.Array) -> jax.Array:
     padded = [functools.reduce(moved, order, x) for x in padded]
     spec = P(names[::-1])
     of = jax.shard_map(fn, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
-    return functools.reduce(moved, reversed(order), of(*padded))[:size]
+    back = lambda x: functools.reduce(moved, reversed(order), x)[:size]
+    return jax.tree.map(back, of(*padded))
 
 
 def _along_sides(x: jax.Array, mesh: Any, names: tuple[str, ...], r: int) -> dict[int, Any]:
