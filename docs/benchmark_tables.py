@@ -1,6 +1,7 @@
 """Writes a Markdown table of every file in benchmarks/results, for pages to include."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import tuning
 
 # What has a better title or format than its own; bytes are told in MiB.
 COLUMNS = {
+    "entry": ("optimizer", "{}"),
     "learning_rate": ("learning rate", "{:g}"),
     "validation_loss": ("validation loss", "{:.4f}"),
     "seconds": ("seconds", "{:.0f}"),
@@ -29,8 +31,8 @@ COLUMNS = {
     "sent_bytes": ("sent in every step, MiB", "{:,.1f}"),
     "argument_bytes": ("parameters, state, batch, MiB", "{:,.0f}"),
     "program_bytes": ("program, MiB", "{:,.0f}"),
-    "refresh_bytes": ("besides in branches, MiB", "{:.2f}"),
-    "largest_bytes": ("largest, MiB", "{:.2f}"),
+    "refresh_bytes": ("in branches, MiB", "{:.2f}"),
+    "largest_bytes": ("largest collective, MiB", "{:.2f}"),
     "temporary_over_gradient_bytes": ("temporaries / gradients", "{:.2f}"),
     "ms_at_1e+01": ("ms at 10", "{:.2f}"),
     "ms_at_1e+03": ("ms at 1e3", "{:.2f}"),
@@ -42,29 +44,30 @@ COLUMNS = {
     "ordinary_ms": ("ordinary step, ms", "{:.0f}"),
     "fused_ms": ("value_and_update, ms", "{:.0f}"),
     "over_ordinary": ("over the ordinary step", "{:.2f}"),
-    "ordinary_temporary_bytes": ("temporaries, MiB", "{:.0f}"),
-    "fused_temporary_bytes": ("with value_and_update, MiB", "{:.0f}"),
+    "ordinary_temporary_bytes": ("temporaries of the ordinary step, MiB", "{:.0f}"),
+    "fused_temporary_bytes": ("temporaries of value_and_update, MiB", "{:.0f}"),
     "train_step_ms": ("training step, ms", "{:.0f}"),
     "peak_bytes": ("peak memory, MiB", "{:,.0f}"),
     "from": ("from step", "{}"),
     "to": ("to step", "{}"),
-    "old": ("energy of the old one", "{:.3f}"),
-    "moved": ("once moved", "{:.3f}"),
-    "least": ("of the worst matrix", "{:.3f}"),
+    "old": ("energy in the old basis", "{:.3f}"),
+    "moved": ("in the moved basis", "{:.3f}"),
+    "least": ("moved, worst matrix", "{:.3f}"),
     "kinds": ("collectives of a step", "{}"),
     "gigaflop": ("GFLOP", "{:.0f}"),
     "temporary_bytes": ("temporaries, MiB", "{:.0f}"),
     "returned_bytes": ("returned, MiB", "{:.0f}"),
     "reduced_bytes": ("all-reduced, MiB", "{:.1f}"),
-    "mean_energy": ("energy captured, of the best basis's", "{:.3f}"),
+    "mean_energy": ("energy captured", "{:.3f}"),
     "mean_energy_after": ("after the step", "{:.3f}"),
-    "largest_orthogonality_error": ("largest ‖PᵀP - I‖", "{:.1e}"),
+    "largest_orthogonality_error": ("largest ‖PᵀP\xa0-\xa0I‖", "{:.1e}"),
     "final_loss": ("training loss at the end", "{:.3f}"),
-    "over_whole_gigaflop": ("GFLOP over whole ones'", "{:.2f}"),
-    "over_whole_memory": ("memory over theirs", "{:.2f}"),
-    "over_whole_time": ("time over theirs", "{:.2f}"),
-    "over_whole_reduced": ("all-reduced over theirs", "{:.2f}"),
+    "over_whole_gigaflop": ("GFLOP / whole", "{:.2f}"),
+    "over_whole_memory": ("memory / whole", "{:.2f}"),
+    "over_whole_time": ("time / whole", "{:.2f}"),
+    "over_whole_reduced": ("all-reduced / whole", "{:.2f}"),
 }
+COLLECTIVES = re.compile(r"[\d,]+ (all-(reduce|gather|to-all)|collective-permute)")
 LEFT_OUT = {"worst_ms", "steps", "tokens"}
 # Records of which pages show means, or a part.
 STUDIES = {
@@ -95,7 +98,14 @@ def page(rows: str, results: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     of_rows = [row.get("machine", results["machine"]) for row in results["rows"]]
     machines = " and ".join(dict.fromkeys(of_rows)).replace("CPU, 1 cores", "CPU, 1 core")
+    rows = COLLECTIVES.sub(unbroken, rows)
     return f"{rows}\n\n`{results['command']}`, {results['date']}; {machines}; {versions}.\n"
+
+
+def unbroken(collective: re.Match[str]) -> str:
+    """Without a place for the end of a line."""
+    spaced = collective[0].replace(" ", "\N{NO-BREAK SPACE}")
+    return spaced.replace("-", "\N{NON-BREAKING HYPHEN}")
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -17,7 +17,7 @@
 # # On a mesh
 #
 # This notebook simulates eight devices on one CPU. It shows where parameters and optimizer state
-# lie, and what an update sends between devices. It takes well under a minute.
+# lie, and what an update sends between devices. It takes less than a minute.
 
 # %%
 import importlib.util

@@ -171,7 +171,7 @@ def plot(runs, title):
         for panel, metric in zip(axes[1:], ("captured", "effective_rank"), strict=True):
             panel.plot([r["step"] for r in rows], [r[metric] for r in rows], label=name)
     axes[0].set(title=title, xlabel="step", ylabel="loss, nats per byte")
-    axes[1].set(title="gradient energy foreseen", xlabel="step", ylim=(0, 1))
+    axes[1].set(title="captured gradient energy", xlabel="step", ylim=(0, 1.05))
     axes[2].set(title="effective rank of the moment", xlabel="step")
     axes[0].legend(frameon=False)
     plt.show()

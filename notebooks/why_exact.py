@@ -175,7 +175,7 @@ figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained"
 for step, kernels in seen[:: len(seen) // 5]:
     s = singular_values(kernels["up"][0])
     left.semilogy(np.arange(1, RANK + 1), s / s[0], "o-", label=f"step {step}")
-left.set(xlabel="i", ylabel="singular value over the largest", title="moment of the first `up`")
+left.set(xlabel="number", ylabel="singular value over the largest", title="moment of up 0")
 left.legend(frameon=False)
 for name in KERNELS:
     for layer in range(LAYERS):

@@ -77,7 +77,7 @@ def scale_in_subspace(
     For one matrix with gradient :math:`G` (m x n, where m is the projected side) and basis
     :math:`P` (m x r, orthonormal):
 
-    .. math:: \hat G = P^\top G, \qquad \Delta = \mathrm{inner}(\hat G), \qquad D = a P \Delta
+    .. math:: \hat G = P^\top G, \quad \Delta = \mathrm{inner}(\hat G), \quad D = a P \Delta
 
     With Adam and the basis ``"svd"`` this is GaLore, and it agrees with ``optax.contrib.galore``.
 

@@ -18,7 +18,7 @@ class LastNormState(NamedTuple):
 def clip_by_last_norm(max_norm: float) -> optax.GradientTransformation:
     """Clips gradients by their global norm at the previous step.
 
-    .. math:: g_t \\leftarrow g_t \\min(1, c / ||g_{t-1}||)
+    .. math:: g_t \\leftarrow g_t \\min(1, c / \\|g_{t-1}\\|)
 
     The global norm is known only when all gradients exist, and with :func:`value_and_update` they
     never exist at once. The first step is not clipped.

@@ -71,15 +71,16 @@ def scale_by_mofasgd(
 
     .. math::
       \begin{aligned}
-      U \,\mathrm{diag}(s)\, V^\top &\leftarrow \mathrm{SVD}_r\left(
-        U U^\top G + G V V^\top - U U^\top G V V^\top + \beta M \right) \\
-      D &= \rho \sqrt{\max(m, n)} \; U \,\mathrm{diag}(d)\, V^\top
-        + c \, (I - U_- U_-^\top) G (I - V_- V_-^\top)
+      & U \,\mathrm{diag}(s)\, V^\top \leftarrow \mathrm{SVD}_r\bigl(
+        U U^\top G + G V V^\top \\
+      & \qquad {} - U U^\top G V V^\top + \beta M \bigr) \\
+      & D = \rho \sqrt{\max(m, n)} \; U \,\mathrm{diag}(d)\, V^\top \\
+      & \qquad {} + c \, (I - U_- U_-^\top) G (I - V_- V_-^\top)
       \end{aligned}
 
     with :math:`d_i = 1`, so that all r singular values of the update are equal. :math:`U_-` and
-    :math:`V_-` are the factors before the first line. The step never computes the m x n matrix on
-    the right of that line. The state has (m + n + 1) r numbers for each matrix.
+    :math:`V_-` are the factors before the step. The step never computes the m x n matrix
+    in brackets. The state has (m + n + 1) r numbers for each matrix.
 
     Args:
       momentum: :math:`\beta` in [0, 1), or a schedule of it. The authors raise it over 300 steps,

@@ -73,9 +73,11 @@ def quantize_state(
     number of largest magnitude in a block. A number x of the block is held as an integer v,
 
     .. math::
-      x = a u \quad (u = v / 128), \qquad
-      x = a \, (0.67 \, u + 0.33 \, u^3) \quad (u = v / 8), \qquad
-      x = a \, u^4 \quad (u = v / 255 \text{ or } v / 15)
+      \begin{aligned}
+      x &= a u & u &= v / 128 \\
+      x &= a \, (0.67 \, u + 0.33 \, u^3) & u &= v / 8 \\
+      x &= a \, u^4 & u &= v / 255 \text{ or } v / 15
+      \end{aligned}
 
     The first formula is for 8 bits and the second for 4 bits. The third is for means and sums of
     squares, which are found by the names that optax gives them (``nu``, ``v``, ``sum_of_squares``

@@ -92,12 +92,13 @@ def scale_by_sumo(
       \begin{aligned}
       \hat G &= Q^\top G \\
       M &\leftarrow \mu M + \hat G \\
-      O &= \mathrm{polar}(M) \quad\text{or, with Nesterov, } \mathrm{polar}(\mu M + \hat G) \\
-      D &= s \, Q O + \text{residual}, \qquad s = \rho \sqrt{\max(m, n)}
+      O &= \mathrm{polar}(M) \\
+      D &= s \, Q O + \text{residual}, \quad s = \rho \sqrt{\max(m, n)}
       \end{aligned}
 
-    Every `refresh_every` steps the basis moves, :math:`Q \leftarrow Q'`, and the moment moves with
-    it, :math:`M \leftarrow Q'^\top Q M`. The state has (m + n) r + 2 numbers for each matrix.
+    With `nesterov`, the default, :math:`O = \mathrm{polar}(\mu M + \hat G)`. Every `refresh_every`
+    steps the basis moves, :math:`Q \leftarrow Q'`, and the moment moves with it,
+    :math:`M \leftarrow Q'^\top Q M`. The state has (m + n) r + 2 numbers for each matrix.
 
     Args:
       refresh_every: number of steps between two moves of the basis, at least 1. The default is 10

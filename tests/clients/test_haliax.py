@@ -83,9 +83,6 @@ def step(model, state, x):
     return eqx.apply_updates(model, updates), state, loss
 
 
-# end
-
-
 def test_ten_steps_and_a_resumed_run(tmp_path):
     in_equinox.assert_resumes(Model.init, start, step, tmp_path)
 

@@ -50,9 +50,6 @@ def trainer(model, steps, folder):
     return peft_trainer.PeftTrainer(model, tx, config).with_gen_model_input_fn(model_inputs)
 
 
-# end
-
-
 class Losses(hooks.TrainingHooks):
     def __init__(self):
         self.losses = []
